@@ -1,0 +1,1 @@
+"""Generated from proto/pageferry/v1; do not edit."""
