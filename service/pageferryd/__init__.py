@@ -1,0 +1,1 @@
+"""pageferryd: the sidecar that runs on every host."""
