@@ -130,29 +130,33 @@ Global___FetchPagesResponse: _TypeAlias = FetchPagesResponse  # noqa: Y015
 
 @_typing.final
 class PushPagesRequest(_message.Message):
-    """PushPagesRequest asks for one run of pages and grants the bytes that may be sent for it."""
+    """PushPagesRequest asks for runs of pages and grants the bytes that may be sent for them."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    FIRST_PAGE_FIELD_NUMBER: _builtins.int
-    PAGE_COUNT_FIELD_NUMBER: _builtins.int
+    FIRST_PAGES_FIELD_NUMBER: _builtins.int
+    PAGE_COUNTS_FIELD_NUMBER: _builtins.int
     CREDIT_BYTES_FIELD_NUMBER: _builtins.int
-    first_page: _builtins.int
-    """First page number of the run."""
-    page_count: _builtins.int
-    """Length of the run, in pages. It may be long: pages of zeroes cost no credit."""
     credit_bytes: _builtins.int
     """Bytes of raw pages that the source may send for this request; at least 4096, at most 16 MiB."""
+    @_builtins.property
+    def first_pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """First page number of each run, in the order to be sent. At most 256 runs."""
+
+    @_builtins.property
+    def page_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Length of each run, in pages. Runs may be long: pages of zeroes cost no credit."""
+
     def __init__(
         self,
         *,
-        first_page: _builtins.int = ...,
-        page_count: _builtins.int = ...,
+        first_pages: _abc.Iterable[_builtins.int] | None = ...,
+        page_counts: _abc.Iterable[_builtins.int] | None = ...,
         credit_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_bytes", b"credit_bytes", "first_page", b"first_page", "page_count", b"page_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_bytes", b"credit_bytes", "first_pages", b"first_pages", "page_counts", b"page_counts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -84,7 +84,8 @@ class PageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PushPages(self, request_iterator, context):
-        """PushPages is the push lane: each request names a run of pages and grants bytes for it, answered in order.
+        """PushPages is the push lane: each request names runs of pages and grants bytes for
+        them, answered in order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

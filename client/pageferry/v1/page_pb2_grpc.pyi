@@ -43,7 +43,9 @@ class PageServiceStub:
     FetchPages: _grpc.StreamStreamMultiCallable[_page_pb2.FetchPagesRequest, _page_pb2.FetchPagesResponse]
     """FetchPages is the demand lane: small requests for pages that the guest waits for, answered in order."""
     PushPages: _grpc.StreamStreamMultiCallable[_page_pb2.PushPagesRequest, _page_pb2.PushPagesResponse]
-    """PushPages is the push lane: each request names a run of pages and grants bytes for it, answered in order."""
+    """PushPages is the push lane: each request names runs of pages and grants bytes for
+    them, answered in order.
+    """
     Complete: _grpc.UnaryUnaryMultiCallable[_page_pb2.CompleteRequest, _page_pb2.CompleteResponse]
     """Complete says that every page is installed. Only now may the source let go of the guest's memory; the end of a
     stream never means this.
@@ -64,7 +66,9 @@ class PageServiceAsyncStub(PageServiceStub):
     FetchPages: _aio.StreamStreamMultiCallable[_page_pb2.FetchPagesRequest, _page_pb2.FetchPagesResponse]  # type: ignore[assignment]
     """FetchPages is the demand lane: small requests for pages that the guest waits for, answered in order."""
     PushPages: _aio.StreamStreamMultiCallable[_page_pb2.PushPagesRequest, _page_pb2.PushPagesResponse]  # type: ignore[assignment]
-    """PushPages is the push lane: each request names a run of pages and grants bytes for it, answered in order."""
+    """PushPages is the push lane: each request names runs of pages and grants bytes for
+    them, answered in order.
+    """
     Complete: _aio.UnaryUnaryMultiCallable[_page_pb2.CompleteRequest, _page_pb2.CompleteResponse]  # type: ignore[assignment]
     """Complete says that every page is installed. Only now may the source let go of the guest's memory; the end of a
     stream never means this.
@@ -100,7 +104,9 @@ class PageServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_page_pb2.PushPagesRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_page_pb2.PushPagesResponse], _abc.AsyncIterator[_page_pb2.PushPagesResponse]]:
-        """PushPages is the push lane: each request names a run of pages and grants bytes for it, answered in order."""
+        """PushPages is the push lane: each request names runs of pages and grants bytes for
+        them, answered in order.
+        """
 
     @_abc_1.abstractmethod
     def Complete(

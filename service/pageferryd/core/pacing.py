@@ -1,0 +1,113 @@
+"""Pacing: how much the push lane may have under way.
+
+Push yields to demand. A fault halves the push window and holds new requests back while it waits, but never longer than
+`max_hold`, so that a guest that faults without a pause still gets its memory. Quiet lets the window grow back. A fault
+slower than the objective halves the window once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIN_WINDOW = 64 << 10
+
+
+@dataclass(slots=True)
+class PacingOptions:
+    """Bounds of the pacer: bytes and seconds."""
+
+    max_window: int = 1 << 20
+    """Most bytes of push under way."""
+    max_credit: int = 256 << 10
+    """Most bytes of one push request; a demand answer waits behind at most this much at the source."""
+    objective: float = 1e-3
+    """Fault latency above which push gives way, in seconds."""
+    max_hold: float = 1e-3
+    """Longest time that waiting faults hold push back, in seconds."""
+    bytes_per_second: int = 0
+    """Most bytes a second; 0 is unlimited."""
+    disabled: bool = False
+    """No push at all."""
+
+
+class Pacer:
+    """The push window, its growth, and the rate limit."""
+
+    def __init__(self, options: PacingOptions, now: float) -> None:
+        self.options = options
+        self.window = options.max_window
+        self.held_seconds = 0.0
+        """How long push was held back for waiting faults or by the rate limit."""
+        self._held_since: float | None = None
+        self._faulted_at = float("-inf")
+        self._budget = 0.0
+        self._budget_at = now
+
+    def set_options(self, options: PacingOptions, now: float) -> None:
+        """Put new bounds into force."""
+        self.options = options
+        self.window = max(MIN_WINDOW, min(self.window, options.max_window))
+        self._budget, self._budget_at = 0.0, now
+
+    def fault_raised(self, now: float) -> None:
+        """A fault begins to wait: shrink, and hold new requests back from now on."""
+        self.window = max(MIN_WINDOW, self.window // 2)
+        # Only the first of a burst starts the hold: later ones must not make it longer.
+        if now - self._faulted_at > 2 * self.options.max_hold:
+            self._faulted_at = now
+
+    def fault_ended(self, latency: float) -> None:
+        """A fault was answered after `latency` seconds."""
+        if latency > self.options.objective:
+            self.window = max(MIN_WINDOW, self.window // 2)
+
+    def arrived(self, size: int, waiting: int) -> None:
+        """Bytes of push came in; grow when no fault waits."""
+        if not waiting:
+            self.window = min(self.options.max_window, self.window + max(size // 2, 16 << 10))
+
+    def credit(self, under_way: int, waiting: int, now: float) -> int:
+        """Return the bytes that the next push request may grant, or 0 to wait."""
+        allowed = self._allowed(under_way, waiting, now)
+        if allowed:
+            if self._held_since is not None:
+                self.held_seconds += now - self._held_since
+                self._held_since = None
+            if self.options.bytes_per_second:
+                self._budget -= allowed
+        elif self._held_since is None and self._is_held(waiting, now):
+            self._held_since = now
+        return allowed
+
+    def _allowed(self, under_way: int, waiting: int, now: float) -> int:
+        if self.options.disabled or self._is_held(waiting, now):
+            return 0
+        room = min(self.window - under_way, self.options.max_credit)
+        if room >= MIN_WINDOW or (room >= 4096 and not under_way):
+            return room - room % 4096
+        return 0
+
+    def _is_held(self, waiting: int, now: float) -> bool:
+        if waiting and now < self._faulted_at + self.options.max_hold:
+            return True
+        return self._over_rate(now)
+
+    def _over_rate(self, now: float) -> bool:
+        rate = self.options.bytes_per_second
+        if not rate:
+            return False
+        # At most a tenth of a second's worth is saved up.
+        self._budget = min(self._budget + (now - self._budget_at) * rate, rate / 10)
+        self._budget_at = now
+        return self._budget < 0
+
+    def wake_at(self, waiting: int, now: float) -> float | None:
+        """Return when a held push may go on, or None when time alone changes nothing."""
+        if self.options.disabled:
+            return None
+        times = []
+        if waiting and now < self._faulted_at + self.options.max_hold:
+            times.append(self._faulted_at + self.options.max_hold)
+        if self._over_rate(now):
+            times.append(now - self._budget / self.options.bytes_per_second)
+        return max(times) if times else None

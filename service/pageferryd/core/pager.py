@@ -1,0 +1,353 @@
+"""The pager: faults, arrivals and the time go in; requests, runs to install and timers come out.
+
+A migration's destination drives one pager. It decides, and does nothing itself: the session that owns it reads the
+doors, speaks on the lanes and installs. Times are seconds of any one monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from pageferryd.core.demand import DemandQueue, FaultTimes
+from pageferryd.core.errors import UnrequestedPagesError
+from pageferryd.core.layout import PAGE_SIZE
+from pageferryd.core.pacing import Pacer, PacingOptions
+from pageferryd.core.page_map import PageMap, PageState
+from pageferryd.core.prefetch import FaultAround
+from pageferryd.core.push_order import PushOrder, PushRequest
+from pageferryd.core.runs import RAW, Run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pageferryd.core.layout import Layout
+
+MAX_PAGES_A_FETCH = 64
+
+
+class Answer(Enum):
+    """What a fault asks of the session at once."""
+
+    FETCH = "fetch"
+    """The page will be requested: see `next_fetch`."""
+    JOINED = "joined"
+    """The page is waited for already."""
+    ZERO = "zero"
+    """The guest discarded the page: install zeroes now."""
+    WAKE = "wake"
+    """The page is present: wake the waiter."""
+    POISON = "poison"
+    """The source could not read the page: install a memory error."""
+
+
+class Lane(Enum):
+    """The two streams between the sidecars."""
+
+    DEMAND = "demand"
+    PUSH = "push"
+
+
+@dataclass(slots=True)
+class PagerOptions:
+    """Bounds of the pager."""
+
+    demand_window: int = 16
+    """Most demand requests under way."""
+    demand_batch: int = 16
+    """Most faulted pages in one request."""
+    push_requests: int = 8
+    """Most push requests under way."""
+    silence: float = 10.0
+    """Longest wait for an answer on either lane, in seconds."""
+    fault_around: int = 64
+    """Most pages fetched around a touched one; 0 turns it off."""
+    pacing: PacingOptions = field(default_factory=PacingOptions)
+
+
+@dataclass(slots=True)
+class PagerCounts:
+    """What happened so far; pages, bytes and faults."""
+
+    faults: int = 0
+    demand_pages: int = 0
+    push_pages: int = 0
+    zero_pages: int = 0
+    duplicate_pages: int = 0
+    demand_bytes: int = 0
+    push_bytes: int = 0
+
+
+class Pager:
+    """Decides which page is next for one guest."""
+
+    def __init__(self, layout: Layout, options: PagerOptions, now: float) -> None:
+        self.layout = layout
+        self.options = options
+        self.map = PageMap(layout.page_count)
+        self.counts = PagerCounts()
+        self.pacer = Pacer(options.pacing, now)
+        self.around = FaultAround(max_window=options.fault_around)
+        self._demand = DemandQueue(options.demand_window, options.demand_batch)
+        self._order = PushOrder(layout, self.map.settled)
+        self._pushes: deque[PushRequest] = deque()
+        self._expected: Iterator[tuple[int, int]] = iter(())
+        self._run_left = (0, 0)
+        self._push_used = 0
+        self._push_heard = now
+        # A piece that is dropped here only loses a prefetch.
+        self._prefetch: deque[tuple[int, int]] = deque(maxlen=64)
+        # The rest of pages that can only be installed whole; bounded by the faults that wait.
+        self._granules: deque[tuple[int, int]] = deque()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every page is settled and no fault waits."""
+        return self.map.missing == 0 and self._demand.waiting == 0
+
+    @property
+    def faults_waiting(self) -> int:
+        """How many pages the guest waits for."""
+        return self._demand.waiting
+
+    @property
+    def push_under_way(self) -> int:
+        """Bytes granted on the push lane and not used up yet."""
+        return sum(request.credit for request in self._pushes) - self._push_used
+
+    def state(self, page: int) -> PageState:
+        """Return where the page stands."""
+        state = self.map.state(page)
+        if state is PageState.MISSING and (self._demand.is_under_way(page) or self._order.is_under_way(page)):
+            return PageState.REQUESTED
+        return state
+
+    # What goes in
+
+    def fault(self, page: int, now: float, raised: float | None = None) -> Answer:
+        """The guest touched a page; `raised` is when its door saw it. Raises PageRangeError outside the layout."""
+        self.layout.check(page, 1)
+        self.counts.faults += 1
+        if page in self.map.settled:
+            return self._settled_answer(page)
+        if self._demand.is_under_way(page) and not self._demand.waits_for(page):
+            self.around.touched_early(page)
+        if not self._demand.add(page, now if raised is None else raised, now):
+            return Answer.JOINED
+        self.pacer.fault_raised(now)
+        self._look_around(page)
+        return Answer.FETCH
+
+    def _settled_answer(self, page: int) -> Answer:
+        if page in self.map.discarded:
+            return Answer.ZERO
+        return Answer.POISON if page in self.map.poisoned else Answer.WAKE
+
+    def _look_around(self, page: int) -> None:
+        if self._ask_for_granule(page):
+            return
+        window = self.around.touched(page) if self.options.fault_around else 0
+        region = self.layout.region_of(page)
+        stop = self.layout.starts[region] + self.layout.regions[region].size // PAGE_SIZE
+        pages = min(window, stop - page - 1)
+        if pages > 0:
+            self._prefetch.append((page + 1, pages))
+        self._order.follow(page + 1 + max(pages, 0))
+
+    def discard(self, first: int, pages: int, now: float) -> list[FaultTimes]:
+        """The guest gave pages away: they are zero from now on. Returns the faults that waited for them.
+
+        Those faults need zeroes installed: the caller serves each as if `fault` had answered ZERO.
+        """
+        self.layout.check(first, pages)
+        self.map.discard(first, pages)
+        return self._demand.settled(first, pages, now)
+
+    def demand_arrived(self, runs: list[Run], now: float) -> list[Run]:
+        """An answer came on the demand lane; return it, or raise UnrequestedPagesError."""
+        self._demand.answered(runs, now)
+        self._count(runs, Lane.DEMAND)
+        return runs
+
+    def push_arrived(self, runs: list[Run], now: float, *, last: bool) -> list[Run]:
+        """Pages came on the push lane; return them, or raise UnrequestedPagesError."""
+        if not self._pushes:
+            raise UnrequestedPagesError("pages came on the push lane that nobody asked for")
+        for run in runs:
+            self._expect_push(run)
+        used = sum(run.pages for run in runs if run.kind == RAW) * PAGE_SIZE
+        self._push_used += used
+        request = self._pushes[0]
+        if self._push_used > request.credit:
+            raise UnrequestedPagesError(f"the push lane sent {self._push_used} bytes for {request.credit} granted")
+        self._push_heard = now
+        self._count(runs, Lane.PUSH)
+        self.pacer.arrived(used, self._demand.waiting)
+        if last:
+            self._finish_push(request)
+        return runs
+
+    def _expect_push(self, run: Run) -> None:
+        """Check that the run is the next of what was asked for."""
+        first, left = self._run_left
+        if not left:
+            first, left = next(self._expected, (0, 0))
+        if run.first != first or run.pages > left:
+            raise UnrequestedPagesError(
+                f"pages {run.first} to {run.first + run.pages} came on the push lane where page {first} was next"
+            )
+        self._run_left = (first + run.pages, left - run.pages)
+
+    def _finish_push(self, request: PushRequest) -> None:
+        if not self._push_used and self._run_left[1]:
+            raise UnrequestedPagesError("a push request was ended unanswered")
+        self._pushes.popleft()
+        self._order.answered(request, self._push_used)
+        self._begin_push()
+
+    def _begin_push(self) -> None:
+        """The oldest request is what the push lane answers next."""
+        self._push_used = 0
+        self._run_left = (0, 0)
+        self._expected = iter(self._pushes[0].runs if self._pushes else ())
+
+    def _count(self, runs: list[Run], lane: Lane) -> None:
+        size = sum(run.pages for run in runs if run.kind == RAW) * PAGE_SIZE
+        if lane is Lane.DEMAND:
+            self.counts.demand_bytes += size
+        else:
+            self.counts.push_bytes += size
+
+    def wanted(self, run: Run) -> list[tuple[int, int]]:
+        """Return what of an arrived run is still to be installed, as (first, pages); the rest came twice."""
+        if run.pages == 1:
+            return [] if run.first in self.map.settled else [(run.first, 1)]
+        return list(self.map.missing_runs(run.first, run.pages))
+
+    def duplicate(self, pages: int) -> None:
+        """Pages that had arrived before, or were discarded meanwhile, were dropped."""
+        self.counts.duplicate_pages += pages
+
+    def installed(self, run: Run, lane: Lane, now: float) -> list[FaultTimes]:
+        """A run of missing pages is in place; return the faults that this answered."""
+        new = self.map.settle(run.first, run.pages)
+        if lane is Lane.DEMAND:
+            self.counts.demand_pages += new
+        else:
+            self.counts.push_pages += new
+        if run.kind != RAW:
+            self.counts.zero_pages += new
+        return self._ended(run.first, run.pages, now)
+
+    def poisoned(self, run: Run, now: float) -> list[FaultTimes]:
+        """A run of missing pages was poisoned; return the faults that this answered."""
+        self.map.poison(run.first, run.pages)
+        return self._ended(run.first, run.pages, now)
+
+    def _ended(self, first: int, pages: int, now: float) -> list[FaultTimes]:
+        ended = self._demand.settled(first, pages, now)
+        for times in ended:
+            self.pacer.fault_ended(times.total)
+        return ended
+
+    def lane_lost(self, lane: Lane) -> None:
+        """A lane is gone: what it had under way is missing again."""
+        if lane is Lane.DEMAND:
+            self._demand.lost()
+            self._prefetch.clear()
+            self._granules.clear()
+            for page in self._demand.pages_waiting():
+                self._ask_for_granule(page)
+        else:
+            self._pushes.clear()
+            self._order.lost()
+            self._begin_push()
+
+    def _ask_for_granule(self, page: int) -> bool:
+        """Queue all of a page that is installed whole; return False for one that is not."""
+        first, granule = self.layout.granule(page)
+        if granule == 1:
+            return False
+        # All of it is wanted now; the touched page goes first, with the next request.
+        self._granules.extend(_cut(first, first + granule, page))
+        self._order.follow(first + granule)
+        return True
+
+    # What comes out
+
+    def next_fetch(self, now: float) -> tuple[tuple[int, int], ...] | None:
+        """Return the runs of the next demand request, or None when there is none or the window is full."""
+        if not self._demand.has_room:
+            return None
+        pages = self._demand.take(now)
+        if pages:
+            runs = tuple((page, 1) for page in pages)
+            self._demand.sent(runs, now, urgent=True)
+            return runs
+        return self._next_piece(self._granules, now) or self._next_piece(self._prefetch, now)
+
+    def _next_piece(self, queue: deque[tuple[int, int]], now: float) -> tuple[tuple[int, int], ...] | None:
+        """Request the first queued piece of which anything is still to be asked for."""
+        while queue:
+            runs = tuple(self._unasked(*queue.popleft(), in_push=queue is self._granules))
+            if runs:
+                self._demand.sent(runs, now, urgent=queue is self._granules)
+                if queue is self._prefetch:
+                    self.around.counts.issued += sum(pages for _, pages in runs)
+                return runs
+        return None
+
+    def _unasked(self, first: int, pages: int, *, in_push: bool) -> Iterator[tuple[int, int]]:
+        """Yield the missing runs that are not under way on the demand lane, nor on push unless `in_push`."""
+        for start, length in self.map.missing_runs(first, pages):
+            runs = [(start, length)] if in_push else self._order.free(start, length)
+            for run in runs:
+                yield from self._demand.free(*run)
+
+    def next_push(self, now: float) -> PushRequest | None:
+        """Return the next push request, or None when all is under way, the window is full, or push is held back."""
+        if len(self._pushes) >= self.options.push_requests:
+            return None
+        credit = self.pacer.credit(self.push_under_way, self._demand.waiting, now)
+        if not credit:
+            return None
+        request = self._order.next(credit, now)
+        if request is None:
+            return None
+        if not self._pushes:
+            self._push_heard = now
+        self._pushes.append(request)
+        if len(self._pushes) == 1:
+            self._begin_push()
+        return request
+
+    def next_timer(self, now: float) -> float | None:
+        """Return when to ask again although nothing happened, or None."""
+        times = [time for time in (self._silent_at(Lane.DEMAND), self._silent_at(Lane.PUSH)) if time is not None]
+        held_until = self.pacer.wake_at(self._demand.waiting, now)
+        if held_until is not None:
+            times.append(held_until)
+        return min(times) if times else None
+
+    def silent_lane(self, now: float) -> Lane | None:
+        """Return a lane that owes an answer for too long, or None."""
+        for lane in Lane:
+            due = self._silent_at(lane)
+            if due is not None and now >= due:
+                return lane
+        return None
+
+    def _silent_at(self, lane: Lane) -> float | None:
+        if lane is Lane.DEMAND:
+            sent = self._demand.oldest_sent
+            return None if sent is None else sent + self.options.silence
+        return self._push_heard + self.options.silence if self._pushes else None
+
+
+def _cut(first: int, stop: int, page: int) -> list[tuple[int, int]]:
+    """Cut [first, stop) into pieces of at most MAX_PAGES_A_FETCH, the one with the page first."""
+    pieces = [(at, min(MAX_PAGES_A_FETCH, stop - at)) for at in range(first, stop, MAX_PAGES_A_FETCH)]
+    pieces.sort(key=lambda piece: not piece[0] <= page < piece[0] + piece[1])
+    return pieces
