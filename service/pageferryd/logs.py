@@ -62,6 +62,8 @@ def configure(
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     logging.captureWarnings(capture=True)
+    # At debug level gRPC logs servers while they are being freed; whoever keeps such a record uses freed memory.
+    logging.getLogger("grpc._cython").setLevel(max(logging.INFO, logging.getLogger().level))
 
 
 def withhold_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
@@ -104,6 +106,8 @@ def _bounded(value: Any, limit: int) -> Any:
     if value is None or isinstance(value, (bool, int, float)):
         return value
     text = value if isinstance(value, str) else repr(value)
+    if isinstance(value, list) and len(text) <= limit:
+        return value
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pageferryd.core.errors import UnrequestedPagesError
 from pageferryd.core.runs import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 @dataclass(slots=True)
@@ -56,7 +59,9 @@ class DemandQueue:
         self._waiters: dict[int, Waiter] = {}
         self._unsent: deque[int] = deque()
         self._under_way: deque[Fetch] = deque()
+        # Until they are installed; the value says whether the guest waited when they were asked for.
         self._pages_under_way: dict[int, bool] = {}
+        self._heard = float("-inf")
 
     @property
     def waiting(self) -> int:
@@ -69,18 +74,27 @@ class DemandQueue:
         return len(self._under_way)
 
     @property
-    def oldest_sent(self) -> float | None:
-        """When the oldest unanswered request was sent."""
-        return self._under_way[0].sent if self._under_way else None
+    def owed_since(self) -> float | None:
+        """Since when the lane owes an answer: the oldest request's time, or the last answer's where that is later."""
+        return max(self._under_way[0].sent, self._heard) if self._under_way else None
 
     @property
     def has_room(self) -> bool:
         """Whether another request fits into the window."""
         return len(self._under_way) < self.window
 
+    @property
+    def has_room_for_more(self) -> bool:
+        """Whether a request that no fault made fits; half the window is kept for those that faults make."""
+        return len(self._under_way) < (self.window + 1) // 2
+
     def is_under_way(self, page: int) -> bool:
         """Say whether a demand request for the page is unanswered or not installed yet."""
         return page in self._pages_under_way
+
+    def is_early(self, page: int) -> bool:
+        """Say whether a request for the page is under way that nothing waited for until now."""
+        return not self._pages_under_way.get(page, True) and page not in self._waiters
 
     def waits_for(self, page: int) -> bool:
         """Say whether the guest waits for the page."""
@@ -111,16 +125,20 @@ class DemandQueue:
         waiter = self._waiters[page] = Waiter(page, raised, now)
         if page in self._pages_under_way:
             waiter.sent = now
-        else:
-            self._unsent.append(page)
+            return True
+        self._unsent.append(page)
+        if len(self._unsent) > 2 * len(self._waiters) + 64:
+            # Most have come by push while nothing could be asked for.
+            self._unsent = deque(page for page in self._unsent if page in self._waiters)
         return True
 
     def take(self, now: float) -> list[int]:
         """Take the pages of the next request, at most a batch of them."""
         pages: list[int] = []
-        while self._unsent and len(pages) < self._batch:
-            page = self._unsent.popleft()
-            waiter = self._waiters.get(page)
+        unsent, waiters = self._unsent, self._waiters
+        while unsent and len(pages) < self._batch:
+            page = unsent.popleft()
+            waiter = waiters.get(page)
             if waiter is not None:
                 waiter.sent = now
                 pages.append(page)
@@ -140,11 +158,14 @@ class DemandQueue:
         fetch = self._under_way[0]
         self._match(fetch, runs)
         self._under_way.popleft()
-        for run in runs:
-            for page in range(run.first, run.first + run.pages):
-                waiter = self._waiters.get(page)
-                if waiter is not None and not waiter.arrived:
-                    waiter.arrived = now
+        self._heard = now
+        waiters = self._waiters
+        if waiters:
+            for first, pages, _ in runs:
+                for page in range(first, first + pages):
+                    waiter = waiters.get(page)
+                    if waiter is not None and not waiter.arrived:
+                        waiter.arrived = now
         return fetch
 
     @staticmethod
@@ -164,20 +185,20 @@ class DemandQueue:
 
     def settled(self, first: int, pages: int, now: float) -> list[FaultTimes]:
         """Forget pages that need no fetching any more; return the times of the faults that this ended."""
+        waiters, under_way = self._waiters, self._pages_under_way
+        known = len(waiters) + len(under_way)
+        if not known:
+            return []
+        members: Iterable[int] = range(first, first + pages)
+        if pages > known:
+            members = [page for page in {*waiters, *under_way} if first <= page < first + pages]
         ended: list[FaultTimes] = []
-        for page in self._members(first, pages):
-            self._pages_under_way.pop(page, None)
-            waiter = self._waiters.pop(page, None)
+        for page in members:
+            under_way.pop(page, None)
+            waiter = waiters.pop(page, None)
             if waiter is not None:
                 ended.append(_times(waiter, now))
         return ended
-
-    def _members(self, first: int, pages: int) -> list[int]:
-        """Return the pages of the run that this queue knows; cheap for a long run, too."""
-        if pages <= len(self._waiters) + len(self._pages_under_way):
-            return list(range(first, first + pages))
-        stop = first + pages
-        return [page for page in {*self._waiters, *self._pages_under_way} if first <= page < stop]
 
     def lost(self) -> None:
         """The lane is gone: every unanswered request has to be made again, the waiting pages first."""

@@ -64,6 +64,8 @@ class Layout:
             starts.append(starts[-1] + region.size // PAGE_SIZE)
         self.starts = tuple(starts[:-1])
         """First page number of each region."""
+        self.stops = tuple(starts[1:])
+        """First page number behind each region."""
         self.page_count = starts[-1]
         if self.page_count > MAX_PAGES:
             raise LayoutError(f"{self.page_count} pages are more than {MAX_PAGES}")
@@ -77,9 +79,12 @@ class Layout:
 
     def region_of(self, page: int) -> int:
         """Return the index of the region that holds the page."""
-        if not 0 <= page < self.page_count:
-            raise PageRangeError(f"page {page} is outside the guest's {self.page_count} pages")
+        self.check(page, 1)
         return bisect_right(self.starts, page) - 1
+
+    def end_of_region(self, page: int) -> int:
+        """Return the first page number behind the region that holds the page, which must be in the layout."""
+        return self.stops[bisect_right(self.starts, page) - 1]
 
     def pieces(self, first: int, count: int) -> Iterator[Piece]:
         """Cut a run at the borders of regions."""
@@ -87,7 +92,7 @@ class Layout:
         index = bisect_right(self.starts, first) - 1
         while count:
             start = self.starts[index]
-            take = min(count, start + self.regions[index].size // PAGE_SIZE - first)
+            take = min(count, self.stops[index] - first)
             yield Piece(index, first - start, take)
             first += take
             count -= take

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pageferryd.core.layout import PAGE_SIZE
+
 MIN_WINDOW = 64 << 10
 
 
@@ -46,12 +48,16 @@ class Pacer:
     def set_options(self, options: PacingOptions, now: float) -> None:
         """Put new bounds into force."""
         self.options = options
-        self.window = max(MIN_WINDOW, min(self.window, options.max_window))
+        self.window = max(self._least, min(self.window, options.max_window))
         self._budget, self._budget_at = 0.0, now
+
+    @property
+    def _least(self) -> int:
+        return min(MIN_WINDOW, self.options.max_window)
 
     def fault_raised(self, now: float) -> None:
         """A fault begins to wait: shrink, and hold new requests back from now on."""
-        self.window = max(MIN_WINDOW, self.window // 2)
+        self._shrink()
         # Only the first of a burst starts the hold: later ones must not make it longer.
         if now - self._faulted_at > 2 * self.options.max_hold:
             self._faulted_at = now
@@ -59,7 +65,10 @@ class Pacer:
     def fault_ended(self, latency: float) -> None:
         """A fault was answered after `latency` seconds."""
         if latency > self.options.objective:
-            self.window = max(MIN_WINDOW, self.window // 2)
+            self._shrink()
+
+    def _shrink(self) -> None:
+        self.window = max(self._least, self.window // 2)
 
     def arrived(self, size: int, waiting: int) -> None:
         """Bytes of push came in; grow when no fault waits."""
@@ -68,26 +77,33 @@ class Pacer:
 
     def credit(self, under_way: int, waiting: int, now: float) -> int:
         """Return the bytes that the next push request may grant, or 0 to wait."""
-        allowed = self._allowed(under_way, waiting, now)
-        if allowed:
-            if self._held_since is not None:
-                self.held_seconds += now - self._held_since
-                self._held_since = None
-            if self.options.bytes_per_second:
-                self._budget -= allowed
-        elif self._held_since is None and self._is_held(waiting, now):
-            self._held_since = now
-        return allowed
-
-    def _allowed(self, under_way: int, waiting: int, now: float) -> int:
-        if self.options.disabled or self._is_held(waiting, now):
+        if self._is_held(waiting, now):
+            if self._held_since is None:
+                self._held_since = now
+            return 0
+        if self._held_since is not None:
+            self.held_seconds += now - self._held_since
+            self._held_since = None
+        if self.options.disabled:
             return 0
         room = min(self.window - under_way, self.options.max_credit)
-        if room >= MIN_WINDOW or (room >= 4096 and not under_way):
-            return room - room % 4096
+        if room >= MIN_WINDOW or (room >= PAGE_SIZE and not under_way):
+            return room - room % PAGE_SIZE
         return 0
 
+    def granted(self, size: int) -> None:
+        """A push request granted bytes: they count against the rate."""
+        if self.options.bytes_per_second:
+            self._budget -= size
+
+    def unspent(self, size: int) -> None:
+        """A push request was answered with fewer bytes than granted: the rest counts no more."""
+        if self.options.bytes_per_second:
+            self._budget += size
+
     def _is_held(self, waiting: int, now: float) -> bool:
+        if self.options.disabled:
+            return False
         if waiting and now < self._faulted_at + self.options.max_hold:
             return True
         return self._over_rate(now)
@@ -109,5 +125,6 @@ class Pacer:
         if waiting and now < self._faulted_at + self.options.max_hold:
             times.append(self._faulted_at + self.options.max_hold)
         if self._over_rate(now):
-            times.append(now - self._budget / self.options.bytes_per_second)
+            # A byte more than is owed: at the exact time rounding could leave a trace of debt, and no time to wait.
+            times.append(now + (1 - self._budget) / self.options.bytes_per_second)
         return max(times) if times else None

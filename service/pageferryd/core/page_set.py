@@ -9,7 +9,9 @@ from bitarray import bitarray
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CHUNK_PAGES = 1 << 15
+_CHUNK_BITS = 15
+_OFFSET = (1 << _CHUNK_BITS) - 1
+CHUNK_PAGES = 1 << _CHUNK_BITS
 
 
 class PageSet:
@@ -19,31 +21,36 @@ class PageSet:
     full, so a sparse layout of a terabyte costs no more than what was touched of it.
     """
 
-    __slots__ = ("_chunks", "_full", "count", "page_count")
+    __slots__ = ("_chunks", "_full", "_some", "count", "page_count")
 
     def __init__(self, page_count: int) -> None:
         self.page_count = page_count
         self.count = 0
         chunks = -(-page_count // CHUNK_PAGES)
-        # A chunk without a bitmap is empty, or full when its bit in _full is set.
-        self._chunks: list[bitarray | None] = [None] * chunks
+        # Only chunks that are partly filled have a bitmap; the others are told by a bit.
+        self._chunks: dict[int, bitarray] = {}
         self._full = bitarray(chunks)
+        self._some = bitarray(chunks)
 
     def __len__(self) -> int:
         return self.count
 
     def __contains__(self, page: int) -> bool:
-        index = page >> 15
-        chunk = self._chunks[index]
-        return bool(self._full[index] if chunk is None else chunk[page & (CHUNK_PAGES - 1)])
+        index = page >> _CHUNK_BITS
+        chunk = self._chunks.get(index)
+        return bool(self._full[index] if chunk is None else chunk[page & _OFFSET])
 
     def add(self, first: int, count: int) -> int:
         """Add a run; return how many of its pages were not in the set."""
-        return self._assign(first, count, 1)
+        changed = self._assign(first, count, 1)
+        self.count += changed
+        return changed
 
     def remove(self, first: int, count: int) -> int:
         """Remove a run; return how many of its pages were in the set."""
-        return self._assign(first, count, 0)
+        changed = self._assign(first, count, 0)
+        self.count -= changed
+        return changed
 
     def holds_all(self, first: int, count: int) -> bool:
         """Say whether the whole run is in the set."""
@@ -60,37 +67,29 @@ class PageSet:
     def absent_runs(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         """Yield the runs of [first, first + count) that are not in the set, as (first, count)."""
         stop = first + count
-        while (start := self.next_absent(first, stop)) < stop:
-            first = self.next_present(start, stop)
+        while (start := self._find(first, stop, 0)) < stop:
+            first = self._find(start, stop, 1)
             yield start, first - start
 
-    def _size(self, index: int) -> int:
-        return min(CHUNK_PAGES, self.page_count - index * CHUNK_PAGES)
-
     def _assign(self, first: int, count: int, value: int) -> int:
+        offset = first & _OFFSET
+        if offset + count <= CHUNK_PAGES:
+            return self._assign_chunk(first >> _CHUNK_BITS, offset, count, value)
         changed = 0
         stop = first + count
         while first < stop:
-            index, offset = divmod(first, CHUNK_PAGES)
+            offset = first & _OFFSET
             take = min(stop - first, CHUNK_PAGES - offset)
-            changed += self._assign_chunk(index, offset, take, value)
+            changed += self._assign_chunk(first >> _CHUNK_BITS, offset, take, value)
             first += take
-        self.count += changed if value else -changed
         return changed
 
     def _assign_chunk(self, index: int, offset: int, count: int, value: int) -> int:
-        chunk = self._chunks[index]
-        size = self._size(index)
+        chunk = self._chunks.get(index)
         if chunk is None:
             if self._full[index] == value:
                 return 0
-            if count == size:
-                self._full[index] = value
-                return count
-            chunk = bitarray(size)
-            chunk.setall(not value)
-            self._chunks[index] = chunk
-            self._full[index] = 0
+            chunk = self._open(index)
         if count == 1:
             if chunk[offset] == value:
                 return 0
@@ -99,39 +98,36 @@ class PageSet:
         else:
             changed = count - chunk.count(value, offset, offset + count)
             chunk[offset : offset + count] = value
-        # Looking for the last opposite bit is cheap only where one is near: start behind the run, then look everywhere.
-        if changed and self._uniform(chunk, value, offset, size):
-            self._chunks[index] = None
-            self._full[index] = value
+        # An opposite bit is mostly near: right behind the run, else before it.
+        other = not value
+        if changed and chunk.find(other, offset) < 0 and chunk.find(other, 0, offset) < 0:
+            del self._chunks[index]
+            self._full[index] = self._some[index] = value
         return changed
 
-    @staticmethod
-    def _uniform(chunk: bitarray, value: int, offset: int, size: int) -> bool:
-        other = not value
-        return chunk.find(other, offset, size) < 0 and chunk.find(other, 0, offset) < 0
+    def _open(self, index: int) -> bitarray:
+        """Give an empty or a full chunk its bitmap."""
+        chunk = bitarray(min(CHUNK_PAGES, self.page_count - index * CHUNK_PAGES))
+        chunk.setall(self._full[index])
+        self._chunks[index] = chunk
+        self._full[index], self._some[index] = 0, 1
+        return chunk
 
     def _find(self, first: int, stop: int, value: int) -> int:
-        index = first >> 15
         while first < stop:
-            chunk = self._chunks[index]
+            index = first >> _CHUNK_BITS
+            base = index << _CHUNK_BITS
+            chunk = self._chunks.get(index)
             if chunk is not None:
-                base = index * CHUNK_PAGES
-                found = chunk.find(value, first - base, min(stop - base, len(chunk)))
+                found = chunk.find(value, first - base, stop - base)
                 if found >= 0:
                     return base + found
-                index += 1
-            elif self._full[index] == value:
+                first = base + CHUNK_PAGES
+                continue
+            if self._full[index] == value:
                 return first
-            else:
-                index = self._next_other_chunk(index + 1, value)
-            first = index * CHUNK_PAGES
+            index = self._some.find(1, index + 1) if value else self._full.find(0, index + 1)
+            if index < 0:
+                return stop
+            first = index << _CHUNK_BITS
         return stop
-
-    def _next_other_chunk(self, index: int, value: int) -> int:
-        """Skip chunks that hold nothing of what is looked for, from `index` on."""
-        if value == 0:
-            found = self._full.find(0, index)
-            return found if found >= 0 else len(self._chunks)
-        while index < len(self._chunks) and self._chunks[index] is None and not self._full[index]:
-            index += 1
-        return index

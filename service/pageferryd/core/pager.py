@@ -89,7 +89,7 @@ class Pager:
         self.map = PageMap(layout.page_count)
         self.counts = PagerCounts()
         self.pacer = Pacer(options.pacing, now)
-        self.around = FaultAround(max_window=options.fault_around)
+        self.around = FaultAround(max_window=min(options.fault_around, MAX_PAGES_A_FETCH))
         self._demand = DemandQueue(options.demand_window, options.demand_batch)
         self._order = PushOrder(layout, self.map.settled)
         self._pushes: deque[PushRequest] = deque()
@@ -113,6 +113,11 @@ class Pager:
         return self._demand.waiting
 
     @property
+    def demand_under_way(self) -> int:
+        """How many requests on the demand lane are unanswered."""
+        return self._demand.under_way
+
+    @property
     def push_under_way(self) -> int:
         """Bytes granted on the push lane and not used up yet."""
         return sum(request.credit for request in self._pushes) - self._push_used
@@ -132,7 +137,7 @@ class Pager:
         self.counts.faults += 1
         if page in self.map.settled:
             return self._settled_answer(page)
-        if self._demand.is_under_way(page) and not self._demand.waits_for(page):
+        if self._demand.is_early(page):
             self.around.touched_early(page)
         if not self._demand.add(page, now if raised is None else raised, now):
             return Answer.JOINED
@@ -148,13 +153,12 @@ class Pager:
     def _look_around(self, page: int) -> None:
         if self._ask_for_granule(page):
             return
-        window = self.around.touched(page) if self.options.fault_around else 0
-        region = self.layout.region_of(page)
-        stop = self.layout.starts[region] + self.layout.regions[region].size // PAGE_SIZE
-        pages = min(window, stop - page - 1)
-        if pages > 0:
-            self._prefetch.append((page + 1, pages))
-        self._order.follow(page + 1 + max(pages, 0))
+        window = 0
+        if self.options.fault_around:
+            window = self.around.touched(page, self.layout.end_of_region(page) - page - 1)
+            if window:
+                self._prefetch.append((page + 1, window))
+        self._order.follow(page + 1 + window)
 
     def discard(self, first: int, pages: int, now: float) -> list[FaultTimes]:
         """The guest gave pages away: they are zero from now on. Returns the faults that waited for them.
@@ -163,7 +167,7 @@ class Pager:
         """
         self.layout.check(first, pages)
         self.map.discard(first, pages)
-        return self._demand.settled(first, pages, now)
+        return self._ended(first, pages, now)
 
     def demand_arrived(self, runs: list[Run], now: float) -> list[Run]:
         """An answer came on the demand lane; return it, or raise UnrequestedPagesError."""
@@ -182,7 +186,8 @@ class Pager:
         request = self._pushes[0]
         if self._push_used > request.credit:
             raise UnrequestedPagesError(f"the push lane sent {self._push_used} bytes for {request.credit} granted")
-        self._push_heard = now
+        if runs or last:
+            self._push_heard = now
         self._count(runs, Lane.PUSH)
         self.pacer.arrived(used, self._demand.waiting)
         if last:
@@ -201,10 +206,13 @@ class Pager:
         self._run_left = (first + run.pages, left - run.pages)
 
     def _finish_push(self, request: PushRequest) -> None:
-        if not self._push_used and self._run_left[1]:
+        rest = [self._run_left] if self._run_left[1] else []
+        rest += self._expected
+        if rest == list(request.runs):
             raise UnrequestedPagesError("a push request was ended unanswered")
         self._pushes.popleft()
-        self._order.answered(request, self._push_used)
+        self._order.answered(request, self._push_used, rest)
+        self.pacer.unspent(request.credit - self._push_used)
         self._begin_push()
 
     def _begin_push(self) -> None:
@@ -247,6 +255,7 @@ class Pager:
         return self._ended(run.first, run.pages, now)
 
     def _ended(self, first: int, pages: int, now: float) -> list[FaultTimes]:
+        self._order.settled(first, pages)
         ended = self._demand.settled(first, pages, now)
         for times in ended:
             self.pacer.fault_ended(times.total)
@@ -286,16 +295,19 @@ class Pager:
             runs = tuple((page, 1) for page in pages)
             self._demand.sent(runs, now, urgent=True)
             return runs
+        if not self._demand.has_room_for_more:
+            return None
         return self._next_piece(self._granules, now) or self._next_piece(self._prefetch, now)
 
     def _next_piece(self, queue: deque[tuple[int, int]], now: float) -> tuple[tuple[int, int], ...] | None:
         """Request the first queued piece of which anything is still to be asked for."""
         while queue:
-            runs = tuple(self._unasked(*queue.popleft(), in_push=queue is self._granules))
+            first, pages = queue.popleft()
+            runs = tuple(self._unasked(first, pages, in_push=queue is self._granules))
             if runs:
                 self._demand.sent(runs, now, urgent=queue is self._granules)
                 if queue is self._prefetch:
-                    self.around.counts.issued += sum(pages for _, pages in runs)
+                    self.around.issued(first + pages, sum(pages for _, pages in runs))
                 return runs
         return None
 
@@ -316,6 +328,7 @@ class Pager:
         request = self._order.next(credit, now)
         if request is None:
             return None
+        self.pacer.granted(request.credit)
         if not self._pushes:
             self._push_heard = now
         self._pushes.append(request)
@@ -341,8 +354,8 @@ class Pager:
 
     def _silent_at(self, lane: Lane) -> float | None:
         if lane is Lane.DEMAND:
-            sent = self._demand.oldest_sent
-            return None if sent is None else sent + self.options.silence
+            since = self._demand.owed_since
+            return None if since is None else since + self.options.silence
         return self._push_heard + self.options.silence if self._pushes else None
 
 

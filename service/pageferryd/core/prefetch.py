@@ -31,23 +31,37 @@ class FaultAround:
         self.counts = PrefetchCounts()
         # Keyed by the page that the stream is expected to touch next; the value is its last window.
         self._streams: OrderedDict[int, int] = OrderedDict()
+        # By the same key: how many pages of that window were asked for and have not been counted as used.
+        self._unproved: dict[int, int] = {}
 
-    def touched(self, page: int) -> int:
-        """Take note of a fault; return how many pages behind it to fetch as well."""
+    def touched(self, page: int, room: int) -> int:
+        """Take note of a fault; return how many pages behind it, at most `room`, to fetch as well."""
         expected = self._stream_at(page)
         if expected is None:
             self._expect(page + 1, 0)
             return 0
-        used = self._streams.pop(expected)
-        self.counts.used += used
-        window = min(max(2 * used, self._first_window), self._max_window)
+        last = self._streams.pop(expected)
+        self.counts.used += self._unproved.pop(expected, 0)
+        window = min(max(2 * last, self._first_window), self._max_window, room)
         self._expect(page + 1 + window, window)
         return window
+
+    def issued(self, stop: int, pages: int) -> None:
+        """So many pages of the window that ends at page `stop` were asked for."""
+        self.counts.issued += pages
+        if stop in self._streams:
+            self._unproved[stop] = self._unproved.get(stop, 0) + pages
 
     def touched_early(self, page: int) -> None:
         """Take note of a fault on a page that is on its way as a neighbour of another."""
         self.counts.late += 1
-        self.counts.used += 1
+        for expected, unproved in self._unproved.items():
+            if expected - self._streams[expected] <= page < expected:
+                self.counts.used += 1
+                self._unproved[expected] = unproved - 1
+                if unproved == 1:
+                    del self._unproved[expected]
+                return
 
     def _stream_at(self, page: int) -> int | None:
         for expected in range(page, page - self._slack - 1, -1):
@@ -57,5 +71,8 @@ class FaultAround:
 
     def _expect(self, page: int, window: int) -> None:
         self._streams[page] = window
+        # What an older stream that met this one had left unproved stays so.
+        self._unproved.pop(page, None)
         if len(self._streams) > self._max_streams:
-            self._streams.popitem(last=False)
+            forgotten, _ = self._streams.popitem(last=False)
+            self._unproved.pop(forgotten, None)

@@ -28,6 +28,8 @@ _TAG_COUNT = b"\x12"
 _TAG_KINDS = b"\x1a"
 _TAG_DATA = b"\x22"
 _LAST = b"\x28\x01"
+_TAGS = frozenset({0x0A, 0x12, 0x1A, 0x22, 0x28})
+_LAST_FIELD = 5
 
 
 class Run(NamedTuple):
@@ -47,7 +49,8 @@ class Batch(NamedTuple):
     last: bool
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """Return a number as protobuf's base-128 varint."""
     if value < 0x80:
         return bytes((value,))
     out = bytearray()
@@ -66,23 +69,24 @@ def encode(runs: Sequence[Run], data: Sequence[bytes | memoryview], *, last: boo
     if count:
         parts = [
             _TAG_FIRST,
-            _varint(8 * count),
+            varint(8 * count),
             struct.pack(f"<{count}Q", *[run.first for run in runs]),
             _TAG_COUNT,
-            _varint(4 * count),
+            varint(4 * count),
             struct.pack(f"<{count}I", *[run.pages for run in runs]),
             _TAG_KINDS,
-            _varint(count),
+            varint(count),
             bytes([run.kind for run in runs]),
         ]
     if size:
-        parts += [_TAG_DATA, _varint(size), *data]
+        parts += [_TAG_DATA, varint(size), *data]
     if last:
         parts.append(_LAST)
     return b"".join(parts)
 
 
-def _read_varint(message: bytes, at: int) -> tuple[int, int]:
+def read_varint(message: bytes, at: int) -> tuple[int, int]:
+    """Return the varint at an offset, and the offset behind it. IndexError where the message ends in it."""
     value = shift = 0
     while True:
         byte = message[at]
@@ -91,24 +95,27 @@ def _read_varint(message: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
-        if shift > 35:
-            raise MalformedPagesError("a message of pages has a length that cannot be")
+        if shift > 63:
+            raise MalformedPagesError("a message of pages has a number that cannot be")
 
 
 def _fields(message: bytes) -> dict[int, tuple[int, int]]:
-    """Return field number → (start, stop) of the length-delimited fields, and (value, value) of the varints."""
+    """Return tag → (start, stop) of the length-delimited fields, and (value, value) of the varints."""
     found: dict[int, tuple[int, int]] = {}
     at, end = 0, len(message)
     while at < end:
-        tag = message[at]
-        length, at = _read_varint(message, at + 1)
-        if tag & 7 == 2:
-            found[tag >> 3] = (at, at + length)
-            at += length
-        elif tag & 7 == 0:
-            found[tag >> 3] = (length, length)
-        else:
+        tag, at = read_varint(message, at)
+        value, at = read_varint(message, at)
+        form = tag & 7
+        if form not in (0, 2) or tag < 8 or (tag not in _TAGS and tag >> 3 <= _LAST_FIELD):
             raise MalformedPagesError(f"a message of pages has a field of an unexpected form (tag {tag})")
+        if tag in found:
+            raise MalformedPagesError(f"a message of pages has the same field twice (tag {tag})")
+        if form == 0:
+            found[tag] = (value, value)
+        else:
+            found[tag] = (at, at + value)
+            at += value
     if at != end:
         raise MalformedPagesError("a message of pages ends in the middle of a field")
     return found
@@ -120,18 +127,18 @@ def decode(message: bytes) -> Batch:
         fields = _fields(message)
     except IndexError:
         raise MalformedPagesError("a message of pages ends in the middle of a field") from None
-    kinds_at, kinds_end = fields.get(3, (0, 0))
+    kinds_at, kinds_end = fields.get(0x1A, (0, 0))
     count = kinds_end - kinds_at
-    first_at, first_end = fields.get(1, (0, 0))
-    count_at, count_end = fields.get(2, (0, 0))
+    first_at, first_end = fields.get(0x0A, (0, 0))
+    count_at, count_end = fields.get(0x12, (0, 0))
     if count > MAX_RUNS or first_end - first_at != 8 * count or count_end - count_at != 4 * count:
         raise MalformedPagesError("a message of pages has columns of different lengths")
     firsts = struct.unpack_from(f"<{count}Q", message, first_at)
     counts = struct.unpack_from(f"<{count}I", message, count_at)
     runs = list(map(Run, firsts, counts, message[kinds_at:kinds_end]))
-    data_at, data_end = fields.get(4, (0, 0))
+    data_at, data_end = fields.get(0x22, (0, 0))
     _check(runs, data_end - data_at)
-    return Batch(runs, message, data_at, bool(fields.get(5, (0, 0))[0]))
+    return Batch(runs, message, data_at, bool(fields.get(0x28, (0, 0))[0]))
 
 
 def _check(runs: list[Run], size: int) -> None:

@@ -25,4 +25,5 @@ def tune_malloc() -> bool:
     mallopt.restype = ctypes.c_int
     # 32 MiB is the most that glibc takes as M_MMAP_THRESHOLD on 64 bits (HEAP_MAX_SIZE / 2).
     settings = ((_M_MMAP_THRESHOLD, 32 * _MIB), (_M_TRIM_THRESHOLD, 64 * _MIB), (_M_TOP_PAD, 4 * _MIB))
-    return all([mallopt(option, value) == 1 for option, value in settings])
+    taken = [mallopt(option, value) == 1 for option, value in settings]
+    return all(taken)

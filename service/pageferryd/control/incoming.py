@@ -1,0 +1,328 @@
+"""The destination's part of one migration: ready the VMM, load the state, run the guest, wait for its memory."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from pageferry.errors import FerryError, Reason
+from pageferryd.control.arrival import Arrival
+from pageferryd.control.limits import pacing_options, session_options
+from pageferryd.control.view import RateMeter, add_session, layout_of, migration_of
+from pageferryd.core.errors import LayoutError
+from pageferryd.core.figures import Figures
+from pageferryd.core.lifecycle import State
+from pageferryd.destination.grpc_lanes import GrpcLaneOpener, Source
+from pageferryd.vmm.driver import Activity
+
+if TYPE_CHECKING:
+    from pageferry.tls import TlsFiles
+    from pageferry.v1 import incoming_pb2, migration_pb2
+    from pageferryd.config import Limits, Settings
+    from pageferryd.control.record import MigrationRecord
+    from pageferryd.control.registry import Guest, GuestRegistry
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What every migration of this sidecar works with."""
+
+    settings: Settings
+    tls: TlsFiles | None
+    guests: GuestRegistry
+
+
+class Incoming:
+    """One guest that comes to this host."""
+
+    def __init__(self, record: MigrationRecord, guest: Guest, around: Surroundings) -> None:
+        self.record = record
+        self._guest = guest
+        self._around = around
+        self._loop = asyncio.get_running_loop()
+        self._arrival: Arrival | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._giving_up: asyncio.Task[None] | None = None
+        self._touched = False
+        self._committed = False
+        self._running = False
+        self._resumed_at = 0.0
+        self._rate = RateMeter(time.monotonic)
+        self._turn = asyncio.Lock()
+        self._last: migration_pb2.Migration | None = None
+        self.final_figures: Figures | None = None
+
+    # The four steps of IncomingService
+
+    async def prepare(self, request: incoming_pb2.PrepareRequest) -> None:
+        """Ready the VMM and open the lanes; on failure nothing is left but the record of it."""
+        async with self._turn:
+            self.record.lifecycle.to(State.PREPARING)
+            try:
+                async with asyncio.timeout(self._limits.prepare_timeout):
+                    await self._take_over(request)
+            except FerryError as error:
+                await self._give_up(error)
+                raise
+            except TimeoutError as error:
+                late = FerryError(Reason.HANDOFF_TIMEOUT, f"the VMM of {self._guest.guest_id} was not ready in time")
+                await self._give_up(late)
+                raise late from error
+            except asyncio.CancelledError:
+                await self._give_up(FerryError(Reason.ABORTED_BY_SOURCE, "the source took its call back"))
+                raise
+            if self.record.state.final:
+                await self._clean_up()
+                raise self.record.error or FerryError(Reason.ABORTED_BY_SOURCE, "the source gave up")
+            # The source may die before it commits: then the guest never ran here, and this end is given up.
+            wait = self._limits.prepare_timeout + self._limits.handover_timeout
+            self._deadline = self._loop.call_later(wait, self._no_commit)
+
+    async def _take_over(self, request: incoming_pb2.PrepareRequest) -> None:
+        guest = self._guest
+        description = await guest.driver.describe()
+        if description.activity is not Activity.INCOMING:
+            raise FerryError(
+                Reason.GUEST_NOT_INCOMING,
+                f"the VMM of guest {guest.guest_id} is {description.activity.value}: start one that waits for a guest",
+            )
+        try:
+            theirs = layout_of(request.layout)
+        except LayoutError as error:
+            raise FerryError(Reason.LAYOUT_INVALID, f"the source's memory layout cannot be: {error}") from error
+        if not description.layout.same_as(theirs):
+            raise FerryError(
+                Reason.LAYOUT_MISMATCH,
+                f"guest {guest.guest_id} has {theirs.page_count} pages in {len(theirs.regions)} regions at the source, "
+                f"its VMM here {description.layout.page_count} in {len(description.layout.regions)}, or at other "
+                "addresses: start it with the same memory",
+            )
+        record = self.record
+        source = Source(
+            record.migration_id, request.page_address, request.source_name, request.token, description.layout
+        )
+        self._touched = True
+        self._arrival = await Arrival.take_over(
+            guest.driver,
+            description.layout,
+            description.pid,
+            self._around.settings.runtime_dir / f"handoff-{record.migration_id}.sock",
+            self._limits.prepare_timeout,
+            GrpcLaneOpener(source, self._around.tls, self._limits.lane_silence_timeout),
+            session_options(request.limits, self._limits),
+            self._paused,
+        )
+
+    async def hand_over(self, state: bytes) -> None:
+        """Load the state of the guest, which stands still at the source: its memory is served from now on."""
+        async with self._turn:
+            self.record.lifecycle.require(State.PREPARING)
+            arrival = self._ready()
+            self.record.lifecycle.to(State.HANDING_OVER)
+            arrival.session.open_doors()
+            self._task = asyncio.create_task(self._run(arrival))
+            await self._guest.driver.load_state(state)
+
+    async def commit(self) -> None:
+        """Run the guest. It is this host's from the first line on, whatever happens to the rest."""
+        record = self.record
+        async with self._turn:
+            if not self._committed:
+                self._become_owner()
+            if not self._running:
+                self._resumed_at = time.monotonic()
+                await self._guest.driver.resume()
+                self._running = True
+                self._ready().session.start_push()
+                record.changes.notify()
+
+    def _become_owner(self) -> None:
+        record = self.record
+        if record.state.final:
+            why = record.error.message if record.error is not None else "it was given up"
+            raise FerryError(Reason.NEVER_RAN, f"migration {record.migration_id} ended before its commit: {why}")
+        record.lifecycle.to(State.POSTCOPY)
+        self._committed = True
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if record.error is not None:
+            # The lanes were lost meanwhile.
+            record.lifecycle.to(State.POSTCOPY_PAUSED)
+
+    async def abort(self, reason: str) -> None:
+        """Give up, since the source does."""
+        if self._committed:
+            raise FerryError(
+                Reason.ALREADY_COMMITTED, f"migration {self.record.migration_id}: the guest has run here already"
+            )
+        # Not in turn: a LoadState that hangs must not keep the source from taking its guest back.
+        await self._give_up(FerryError(Reason.ABORTED_BY_SOURCE, reason or "the source gave no reason"))
+
+    # What may happen later
+
+    def reconnect(self) -> None:
+        """Try lost lanes again now."""
+        self.record.lifecycle.require(State.POSTCOPY_PAUSED)
+        self._ready().session.reconnect_now()
+
+    def limit(self, limits: migration_pb2.Limits) -> None:
+        """Put new limits into force."""
+        if self.record.state.final:
+            raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.record.migration_id} has ended")
+        self.record.limits = limits
+        self._ready().session.set_pacing(pacing_options(limits, self._limits))
+        self.record.changes.notify()
+
+    def view(self) -> migration_pb2.Migration:
+        """Return the migration as it stands."""
+        message = migration_of(self.record)
+        if self._arrival is not None:
+            session = self._arrival.session
+            add_session(message, session, self._rate.rate(session.pager.counts.push_bytes))
+        elif self._last is not None:
+            for name in ("progress", "memory_map"):
+                getattr(message, name).CopyFrom(getattr(self._last, name))
+            message.fault_latencies.extend(self._last.fault_latencies)
+        return message
+
+    @property
+    def arrival(self) -> Arrival | None:
+        """The guest's memory while it comes."""
+        return self._arrival
+
+    async def stop(self) -> None:
+        """The sidecar ends: stop, with missing pages guarded for as long as the VMM keeps its userfaultfd."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._arrival is not None:
+            await self._arrival.hold()
+
+    async def _run(self, arrival: Arrival) -> None:
+        """Fill the memory to the end; whatever goes wrong ends in a state of the record."""
+        record = self.record
+        try:
+            await arrival.session.run()
+            await self._finish(arrival)
+        except FerryError as error:
+            await self._break_off(arrival, error)
+        except Exception as error:
+            _log.exception("migration_broke", migration=record.migration_id)
+            await self._break_off(arrival, FerryError(Reason.INTERNAL, f"{type(error).__name__}: {error}"))
+
+    async def _finish(self, arrival: Arrival) -> None:
+        """Every page is in, and the source knows."""
+        record = self.record
+        record.postcopy_seconds = time.monotonic() - self._resumed_at
+        await arrival.let_go()
+        self._forget_arrival()
+        self._guest.migration_id = None
+        record.error = None
+        try:
+            await self._guest.driver.detach_pager()
+        except FerryError as error:
+            _log.warning("vmm_keeps_userfaultfd", migration=record.migration_id, detail=error.message)
+        record.lifecycle.to(State.COMPLETED)
+        _log.info("migration_completed", migration=record.migration_id, guest=record.guest_id)
+
+    async def _break_off(self, arrival: Arrival, error: FerryError) -> None:
+        """The memory cannot be completed: end it without ever showing the guest a page that is not its own."""
+        if not self._committed:
+            await self._give_up(error)
+            return
+        if error.reason is Reason.VMM_GONE:
+            await arrival.abandon()
+            self._forget_arrival()
+            await self._around.guests.forget(self._guest)
+        else:
+            await arrival.hold()
+        self._guest.migration_id = None
+        self.record.fail(error)
+        _log.error("migration_failed", migration=self.record.migration_id, reason=error.reason, detail=error.message)
+
+    def _no_commit(self) -> None:
+        error = FerryError(Reason.HANDOFF_TIMEOUT, "the source prepared a migration here and never committed it")
+        self._giving_up = asyncio.create_task(self._give_up(error))
+
+    async def _give_up(self, error: FerryError) -> None:
+        """End it before the guest ran here. A VMM that handed its memory over can serve no other migration: kill it."""
+        record = self.record
+        if record.state.final or self._committed:
+            return
+        record.fail(error)
+        _log.warning("migration_given_up", migration=record.migration_id, reason=error.reason, detail=error.message)
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._clean_up()
+
+    async def _clean_up(self) -> None:
+        if self._touched:
+            await self._kill()
+        if self._arrival is not None:
+            await self._arrival.abandon()
+            self._forget_arrival()
+        self._guest.migration_id = None
+
+    async def _kill(self) -> None:
+        try:
+            await self._guest.driver.kill()
+        except FerryError as error:
+            _log.warning("vmm_not_killed", migration=self.record.migration_id, detail=error.message)
+        await self._around.guests.forget(self._guest)
+
+    def _forget_arrival(self) -> None:
+        """Keep the last figures, and let the bookkeeping of every page go."""
+        self._last = self.view()
+        if self._arrival is not None:
+            self.final_figures = figures_of(self._arrival)
+        self._arrival = None
+
+    def _paused(self, error: FerryError | None) -> None:
+        record = self.record
+        record.trouble(error)
+        if error is not None and record.state is State.POSTCOPY:
+            record.lifecycle.to(State.POSTCOPY_PAUSED)
+        elif error is None and record.state is State.POSTCOPY_PAUSED:
+            record.lifecycle.to(State.POSTCOPY)
+
+    def _ready(self) -> Arrival:
+        if self._arrival is None:
+            raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.record.migration_id} has no memory to fill")
+        return self._arrival
+
+    @property
+    def _limits(self) -> Limits:
+        return self._around.settings.limits
+
+
+def figures_of(arrival: Arrival) -> Figures:
+    """Return what one arrival has counted."""
+    session = arrival.session
+    pager = session.pager
+    counts, around = pager.counts, pager.around.counts
+    figures = Figures(
+        duplicate_pages=counts.duplicate_pages,
+        prefetch_issued=around.issued,
+        prefetch_used=around.used,
+        prefetch_late=around.late,
+        push_held_seconds=pager.pacer.held_seconds,
+        reconnects=session.reconnects,
+        discarded_pages=pager.map.discarded.count,
+    )
+    figures.faults.update(session.intake.counts)
+    figures.latencies.add(session.latencies)
+    figures.pages.update(session.placer.pages)
+    figures.bytes.update({"demand": counts.demand_bytes, "push": counts.push_bytes})
+    return figures

@@ -1,0 +1,161 @@
+"""IncomingService: what sidecars of sources ask of this one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from pageferry import __version__
+from pageferry.errors import FerryError, Reason
+from pageferry.tls import peer_names
+from pageferry.v1 import incoming_pb2, incoming_pb2_grpc, migration_pb2
+from pageferryd.control.incoming import Incoming, Surroundings
+from pageferryd.control.limits import check_limits
+from pageferryd.control.peer import PROTOCOL_VERSION
+from pageferryd.control.preflight import check_host
+from pageferryd.control.record import MigrationRecord
+from pageferryd.control.watching import watch
+from pageferryd.source.served import TOKEN_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from pageferryd.control.book import MigrationBook
+    from pageferryd.control.drain import Drain
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+_MAX_ID = 128
+
+
+class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
+    """Each method finds its migration, checks that the caller is its source, and leaves the rest to it."""
+
+    def __init__(self, book: MigrationBook, around: Surroundings, drain: Drain) -> None:
+        self._book = book
+        self._around = around
+        self._drain = drain
+
+    async def Probe(  # noqa: N802 - the name in the contract
+        self, request: incoming_pb2.ProbeRequest, context: _Context
+    ) -> incoming_pb2.ProbeResponse:
+        """Tell version, name and checks."""
+        checks = await check_host(self._around.settings.runtime_dir)
+        if request.guest_id:
+            checks.append(await self._check_guest(request.guest_id))
+        return incoming_pb2.ProbeResponse(
+            protocol_version=PROTOCOL_VERSION, release=__version__, host=self._around.settings.host, checks=checks
+        )
+
+    async def _check_guest(self, guest_id: str) -> migration_pb2.Check:
+        check = migration_pb2.Check(name="guest", status=migration_pb2.CHECK_STATUS_FAILED)
+        try:
+            guest = await self._around.guests.look(self._around.guests.get(guest_id))
+        except FerryError as error:
+            check.detail = error.message
+            check.remedy = f"start a VMM that waits for guest {guest_id}, and register it at the destination"
+            return check
+        if guest.state == migration_pb2.GUEST_STATE_INCOMING:
+            check.status = migration_pb2.CHECK_STATUS_OK
+            check.detail = f"a VMM (process {guest.pid}) waits for guest {guest_id}"
+        else:
+            check.detail = f"guest {guest_id} is {migration_pb2.GuestState.Name(guest.state)}"
+            check.remedy = "the destination needs a VMM in incoming mode"
+        return check
+
+    async def Prepare(  # noqa: N802
+        self, request: incoming_pb2.PrepareRequest, context: _Context
+    ) -> incoming_pb2.PrepareResponse:
+        """Begin an incoming migration."""
+        self._drain.check()
+        _check_prepare(request)
+        _check_name(request.source_name, context)
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise FerryError(
+                Reason.PROTOCOL_MISMATCH,
+                f"the source speaks protocol {request.protocol_version}, this destination {PROTOCOL_VERSION} "
+                f"(pageferryd {__version__}): run the same release on both hosts",
+            )
+        self._book.check_room()
+        if self._book.knows(request.migration_id):
+            raise FerryError(Reason.ILLEGAL_STATE, f"migration {request.migration_id} is known here already")
+        record = MigrationRecord(
+            migration_id=request.migration_id,
+            request_id="",
+            guest_id=request.guest_id,
+            role=migration_pb2.ROLE_DESTINATION,
+            source_name=request.source_name,
+            destination_name=self._around.settings.host,
+            destination_address="",
+            limits=request.limits,
+        )
+        guest = self._around.guests.claim(request.guest_id, request.migration_id)
+        incoming = Incoming(record, guest, self._around)
+        self._book.add(incoming)
+        await incoming.prepare(request)
+        return incoming_pb2.PrepareResponse()
+
+    async def HandOver(  # noqa: N802
+        self, request: incoming_pb2.HandOverRequest, context: _Context
+    ) -> incoming_pb2.HandOverResponse:
+        """Load the state."""
+        await self._find(request.migration_id, context).hand_over(request.state)
+        return incoming_pb2.HandOverResponse()
+
+    async def Commit(  # noqa: N802
+        self, request: incoming_pb2.CommitRequest, context: _Context
+    ) -> incoming_pb2.CommitResponse:
+        """Run the guest."""
+        await self._find(request.migration_id, context).commit()
+        return incoming_pb2.CommitResponse()
+
+    async def Abort(  # noqa: N802
+        self, request: incoming_pb2.AbortRequest, context: _Context
+    ) -> incoming_pb2.AbortResponse:
+        """Give up."""
+        await self._find(request.migration_id, context).abort(request.reason[:512])
+        return incoming_pb2.AbortResponse()
+
+    async def Report(  # noqa: N802
+        self, request: incoming_pb2.ReportRequest, context: _Context
+    ) -> AsyncIterator[incoming_pb2.ReportResponse]:
+        """Follow."""
+        async for migration in watch(self._find(request.migration_id, context)):
+            yield incoming_pb2.ReportResponse(migration=migration)
+
+    async def Reconnect(  # noqa: N802
+        self, request: incoming_pb2.ReconnectRequest, context: _Context
+    ) -> incoming_pb2.ReconnectResponse:
+        """Try again now."""
+        self._find(request.migration_id, context).reconnect()
+        return incoming_pb2.ReconnectResponse()
+
+    async def Limit(  # noqa: N802
+        self, request: incoming_pb2.LimitRequest, context: _Context
+    ) -> incoming_pb2.LimitResponse:
+        """Put limits into force."""
+        check_limits(request.limits)
+        self._find(request.migration_id, context).limit(request.limits)
+        return incoming_pb2.LimitResponse()
+
+    def _find(self, migration_id: str, context: _Context) -> Incoming:
+        incoming = self._book.incoming(migration_id)
+        _check_name(incoming.record.source_name, context)
+        return incoming
+
+
+def _check_name(source_name: str, context: _Context) -> None:
+    """Raise FerryError(PEER_NOT_ALLOWED) unless the caller is the source, where callers prove their names."""
+    names = peer_names(context)
+    if names and source_name.lower() not in names:
+        raise FerryError(Reason.PEER_NOT_ALLOWED, f"this migration comes from {source_name}, not from this peer")
+
+
+def _check_prepare(request: incoming_pb2.PrepareRequest) -> None:
+    check_limits(request.limits)
+    if not request.migration_id.isalnum() or len(request.migration_id) > _MAX_ID:
+        raise FerryError(Reason.INVALID_ARGUMENT, "migration_id must be 1 to 128 letters and digits")
+    if len(request.token) != TOKEN_BYTES:
+        raise FerryError(Reason.INVALID_ARGUMENT, f"token must have {TOKEN_BYTES} bytes")
+    if not request.source_name or not request.page_address:
+        raise FerryError(Reason.INVALID_ARGUMENT, "source_name and page_address must be given")

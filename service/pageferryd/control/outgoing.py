@@ -1,0 +1,309 @@
+"""The source's part of one migration: hand the guest over, then serve its memory until all of it has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+import structlog
+
+from pageferry.errors import FerryError, Reason
+from pageferry.v1 import incoming_pb2, migration_pb2
+from pageferryd.control.peer import PROTOCOL_VERSION, Destination
+from pageferryd.control.view import layout_to_proto, migration_of
+from pageferryd.core.lifecycle import State
+from pageferryd.source.memory import SourceMemory
+from pageferryd.source.served import TOKEN_BYTES, Served
+from pageferryd.vmm.driver import Activity, Description
+
+if TYPE_CHECKING:
+    from pageferryd.control.incoming import Surroundings
+    from pageferryd.control.record import MigrationRecord
+    from pageferryd.control.registry import Guest
+    from pageferryd.source.page_service import PageService
+
+_log = structlog.get_logger(__name__)
+
+_LAST_REPORT_SECONDS = 5.0
+_MIRRORED = {
+    migration_pb2.MIGRATION_STATE_POSTCOPY: State.POSTCOPY,
+    migration_pb2.MIGRATION_STATE_POSTCOPY_PAUSED: State.POSTCOPY_PAUSED,
+}
+
+
+class Outgoing:
+    """One guest that leaves this host. `page_address` is where its destination reaches the page service."""
+
+    def __init__(
+        self, record: MigrationRecord, guest: Guest, around: Surroundings, pages: PageService, page_address: str
+    ) -> None:
+        self.record = record
+        self._guest = guest
+        self._around = around
+        self._pages = pages
+        self._page_address = page_address
+        self._destination: Destination | None = None
+        self._report: migration_pb2.Migration | None = None
+        self._completed = asyncio.Event()
+        self._paused_at: float | None = None
+        self._committed = False
+        self._undoing = False
+        self._failure: FerryError | None = None
+        self.served: Served | None = None
+        self._task = asyncio.create_task(self._run())
+
+    async def cancel(self) -> None:
+        """Take the migration back, and wait until the guest runs here again. FerryError(ALREADY_COMMITTED)."""
+        if self._committed or self.record.state.owned_by_destination:
+            raise FerryError(
+                Reason.ALREADY_COMMITTED,
+                f"migration {self.record.migration_id}: the guest belongs to {self.record.destination_name} already",
+            )
+        await self.stop()
+
+    async def reconnect(self) -> None:
+        """Have the destination try its lanes again now."""
+        self.record.lifecycle.require(State.POSTCOPY_PAUSED)
+        await self._peer().reconnect()
+
+    async def limit(self, limits: migration_pb2.Limits) -> None:
+        """Have the destination put limits into force."""
+        if self.record.state.final:
+            raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.record.migration_id} has ended")
+        if self.record.state.owned_by_destination:
+            await self._peer().limit(limits)
+        self.record.limits = limits
+        self.record.changes.notify()
+
+    def view(self) -> migration_pb2.Migration:
+        """Return the migration as it stands here, with what the destination reported last."""
+        message = migration_of(self.record)
+        report = self._report
+        if report is not None:
+            message.progress.CopyFrom(report.progress)
+            message.memory_map.CopyFrom(report.memory_map)
+            message.fault_latencies.extend(report.fault_latencies)
+            if report.HasField("postcopy_duration"):
+                message.postcopy_duration.CopyFrom(report.postcopy_duration)
+            if not message.HasField("error") and report.HasField("error"):
+                message.error.CopyFrom(report.error)
+        return message
+
+    async def stop(self) -> None:
+        """Stop: before the commit take the guest back, after it let go of everything but the guest."""
+        # An undo that is under way must not be interrupted.
+        if not self._undoing:
+            self._task.cancel()
+        await asyncio.wait([self._task])
+
+    # From begin to end
+
+    async def _run(self) -> None:
+        record = self.record
+        try:
+            await self._hand_over(await self._prepare())
+            await self._commit()
+            await self._see_through()
+        except asyncio.CancelledError:
+            if not self._committed:
+                await self._undo(FerryError(Reason.CANCELLED, "the migration was taken back"), State.CANCELLED)
+            raise
+        except FerryError as error:
+            await self._fail(error)
+        except Exception as error:
+            _log.exception("migration_broke", migration=record.migration_id)
+            await self._fail(FerryError(Reason.INTERNAL, f"{type(error).__name__}: {error}"))
+        finally:
+            await self._let_go()
+
+    async def _prepare(self) -> bytes:
+        """Ready both ends; return the device state of the guest, which stands still then."""
+        record, guest = self.record, self._guest
+        record.lifecycle.to(State.PREPARING)
+        description = await guest.driver.describe()
+        if description.activity is not Activity.RUNNING:
+            raise FerryError(
+                Reason.GUEST_NOT_RUNNING,
+                f"guest {guest.guest_id} is {description.activity.value}: only a running guest can be moved",
+            )
+        self._destination = Destination(
+            record.destination_address, record.destination_name, self._around.tls, record.migration_id
+        )
+        answer = await self._destination.probe(guest.guest_id)
+        if not record.destination_name:
+            record.destination_name = answer.host
+        await self._offer(description)
+        record.lifecycle.to(State.HANDING_OVER)
+        self._paused_at = time.monotonic()
+        await guest.driver.pause()
+        return await guest.driver.save_state()
+
+    async def _offer(self, description: Description) -> None:
+        """Offer the memory, and have the destination's VMM readied for it."""
+        record = self.record
+        token = secrets.token_bytes(TOKEN_BYTES)
+        memory = SourceMemory.open(description.layout, description.locations, description.pid)
+        self.served = Served(
+            record.migration_id, token, record.destination_name, memory, description.layout, self._completed.set
+        )
+        self._pages.offer(self.served)
+        request = incoming_pb2.PrepareRequest(
+            migration_id=record.migration_id,
+            guest_id=record.guest_id,
+            protocol_version=PROTOCOL_VERSION,
+            layout=layout_to_proto(description.layout),
+            page_address=self._page_address,
+            source_name=record.source_name,
+            token=token,
+            limits=record.limits,
+        )
+        await self._peer().prepare(request, self._around.settings.limits.prepare_timeout + 5.0)
+
+    async def _hand_over(self, state: bytes) -> None:
+        if self.served is not None:
+            self.served.open()
+        await self._peer().hand_over(state, self._around.settings.limits.handover_timeout)
+
+    async def _commit(self) -> None:
+        """Give the guest away. It never runs here from now on, unless the destination says it never did there."""
+        record = self.record
+        self._committed = True
+        record.lifecycle.to(State.POSTCOPY)
+        backoff = self._around.settings.limits.reconnect_initial_seconds
+        while True:
+            try:
+                await self._peer().commit()
+                break
+            except FerryError as error:
+                if error.reason is Reason.NEVER_RAN:
+                    self._committed = False
+                    raise
+                record.trouble(error)
+                _log.warning("commit_unanswered", migration=record.migration_id, detail=error.message)
+            if self._completed.is_set():
+                break
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, self._around.settings.limits.reconnect_max_seconds)
+        record.trouble(None)
+        if self._paused_at is not None:
+            record.downtime = time.monotonic() - self._paused_at
+        record.changes.notify()
+        _log.info("guest_handed_over", migration=record.migration_id, guest=record.guest_id, downtime=record.downtime)
+
+    async def _see_through(self) -> None:
+        """Serve until the destination has said that it has everything; then end the VMM here."""
+        following = asyncio.create_task(self._follow())
+        completed = asyncio.create_task(self._completed.wait())
+        try:
+            await asyncio.wait({following, completed}, return_when=asyncio.FIRST_COMPLETED)
+            if not self._completed.is_set():
+                following.result()
+                raise self._failure or FerryError(Reason.INTERNAL, "the destination ended without asking for the rest")
+            await self._guest.driver.kill()
+            await asyncio.wait({following}, timeout=_LAST_REPORT_SECONDS)
+        finally:
+            for task in (following, completed):
+                task.cancel()
+            await asyncio.gather(following, completed, return_exceptions=True)
+        await self._around.guests.forget(self._guest)
+        self.record.error = None
+        self.record.lifecycle.to(State.COMPLETED)
+        _log.info("migration_completed", migration=self.record.migration_id, guest=self.record.guest_id)
+
+    async def _follow(self) -> None:
+        """Mirror the destination's reports until it has ended."""
+        limits = self._around.settings.limits
+        backoff = limits.reconnect_initial_seconds
+        while True:
+            try:
+                async with aclosing(self._peer().reports()) as reports:
+                    async for report in reports:
+                        backoff = limits.reconnect_initial_seconds
+                        if self._mirror(report):
+                            return
+                error = FerryError(Reason.DESTINATION_UNREACHABLE, "the destination stopped reporting")
+            except FerryError as lost:
+                error = lost
+            self._mark_paused(error)
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, limits.reconnect_max_seconds)
+
+    def _mirror(self, report: migration_pb2.Migration) -> bool:
+        """Take a report over; return whether it was the last."""
+        record = self.record
+        self._report = report
+        state = _MIRRORED.get(report.state)
+        if report.state == migration_pb2.MIGRATION_STATE_COMPLETED:
+            record.changes.notify()
+            return True
+        if report.state == migration_pb2.MIGRATION_STATE_FAILED:
+            self._failure = FerryError(_reason(report.error), f"at the destination: {report.error.message}")
+            return True
+        if state is not None:
+            detail = report.error
+            record.error = FerryError(_reason(detail), detail.message) if detail.reason else None
+            if state is not record.state:
+                record.lifecycle.to(state)
+        record.changes.notify()
+        return False
+
+    def _mark_paused(self, error: FerryError) -> None:
+        if not self._completed.is_set():
+            self.record.trouble(error)
+            if self.record.state is State.POSTCOPY:
+                self.record.lifecycle.to(State.POSTCOPY_PAUSED)
+
+    # When it goes wrong
+
+    async def _fail(self, error: FerryError) -> None:
+        if self._committed:
+            # The guest may have run at the destination: it is not run here again, and its VMM stays as it is.
+            self.record.fail(error)
+            self._guest.migration_id = None
+            _log.error("migration_failed", migration=self.record.migration_id, detail=error.message)
+        else:
+            await self._undo(error, State.FAILED)
+
+    async def _undo(self, error: FerryError, state: State) -> None:
+        """The guest never ran at the destination: have that give up, and let the guest go on here."""
+        record = self.record
+        self._undoing = True
+        _log.warning("migration_undone", migration=record.migration_id, reason=error.reason.value, detail=error.message)
+        self._pages.withdraw(record.migration_id)
+        if self._paused_at is not None:
+            error = await self._take_back(error)
+        if self._destination is not None:
+            try:
+                await self._destination.abort(error.message)
+            except FerryError as refusal:
+                _log.info("abort_unanswered", migration=record.migration_id, detail=refusal.message)
+        self._guest.migration_id = None
+        if not record.state.final:
+            record.error = error
+            record.lifecycle.to(state)
+
+    async def _take_back(self, error: FerryError) -> FerryError:
+        try:
+            await self._guest.driver.resume()
+        except FerryError as stuck:
+            return FerryError(error.reason, f"{error.message}; and the guest could not be resumed: {stuck.message}")
+        return error
+
+    async def _let_go(self) -> None:
+        # The page service keeps what is left of it: a destination may have missed the answer to its Complete.
+        if self.served is not None:
+            self.served.close()
+        if self._destination is not None:
+            await self._destination.close()
+
+    def _peer(self) -> Destination:
+        if self._destination is None:
+            raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.record.migration_id} has no destination yet")
+        return self._destination
+
+
+def _reason(detail: migration_pb2.ErrorDetail) -> Reason:
+    return Reason(detail.reason) if detail.reason in Reason.__members__ else Reason.INTERNAL

@@ -1,0 +1,78 @@
+"""What is known of one migration, at either end, and how others wait for it to change."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pageferry.v1 import migration_pb2
+from pageferryd.core.lifecycle import Lifecycle, State
+
+if TYPE_CHECKING:
+    from pageferry.errors import FerryError
+
+
+class Changes:
+    """Wakes everybody who waits for the next change."""
+
+    def __init__(self) -> None:
+        self._next: asyncio.Future[None] | None = None
+
+    def notify(self) -> None:
+        """Something changed."""
+        waited_for, self._next = self._next, None
+        if waited_for is not None and not waited_for.done():
+            waited_for.set_result(None)
+
+    async def wait(self, seconds: float) -> None:
+        """Wait for the next change, at most that long."""
+        if self._next is None:
+            self._next = asyncio.get_running_loop().create_future()
+        await asyncio.wait([self._next], timeout=seconds)
+
+
+@dataclass(slots=True)
+class MigrationRecord:
+    """One migration. Times are seconds since the epoch, durations seconds."""
+
+    migration_id: str
+    request_id: str
+    guest_id: str
+    role: migration_pb2.Role.ValueType
+    source_name: str
+    destination_name: str
+    destination_address: str
+    limits: migration_pb2.Limits
+    created: float = field(default_factory=time.time)
+    ended: float | None = None
+    downtime: float | None = None
+    postcopy_seconds: float | None = None
+    error: FerryError | None = None
+    lifecycle: Lifecycle = field(init=False)
+    changes: Changes = field(default_factory=Changes)
+
+    def __post_init__(self) -> None:
+        self.lifecycle = Lifecycle(self._moved)
+
+    @property
+    def state(self) -> State:
+        """Where the migration stands."""
+        return self.lifecycle.state
+
+    def _moved(self, _old: State, new: State) -> None:
+        if new.final:
+            self.ended = time.time()
+        self.changes.notify()
+
+    def fail(self, error: FerryError) -> None:
+        """End it as failed, unless it has ended."""
+        if not self.state.final:
+            self.error = error
+            self.lifecycle.to(State.FAILED)
+
+    def trouble(self, error: FerryError | None) -> None:
+        """Note what goes wrong while it goes on; None when it is over."""
+        self.error = error
+        self.changes.notify()

@@ -1,0 +1,1 @@
+"""Where guests arrive: doors, installers, lanes, and the session that drives the pager."""

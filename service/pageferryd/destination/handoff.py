@@ -1,0 +1,165 @@
+"""The hand-off: a waiting VMM gives its userfaultfd and region table to this host's sidecar (docs/handoff.md).
+
+The wire is Firecracker's: one sendmsg of a JSON array, one object a region, with the userfaultfd as SCM_RIGHTS
+(src/vmm/src/persist.rs there). Nothing that comes over it is trusted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pageferry.errors import FerryError, Reason
+from pageferryd.destination.address_map import AddressMap
+from pageferryd.linux.unix_peer import peer_credentials, recv_with_fds
+from pageferryd.linux.userfaultfd import Userfaultfd
+
+if TYPE_CHECKING:
+    from pageferryd.core.layout import Layout
+
+MAX_TABLE_BYTES = 1 << 20
+_MAX_FDS = 3
+_CHUNK = 64 << 10
+
+
+class Handoff(NamedTuple):
+    """What a VMM handed over; `connection` stays open until the guest no longer needs the pager."""
+
+    uffd: Userfaultfd
+    addresses: AddressMap
+    connection: socket.socket
+
+    def close(self) -> None:
+        """Let all of it go."""
+        self.uffd.close()
+        self.connection.close()
+
+
+class HandoffListener:
+    """A Unix socket for one hand-off from one process."""
+
+    def __init__(self, path: Path, layout: Layout, pid: int) -> None:
+        """Listen at `path`, with mode 0600, for process `pid`."""
+        self.path = path
+        self._layout = layout
+        self._pid = pid
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self._listener.setblocking(False)
+            path.unlink(missing_ok=True)
+            self._listener.bind(str(path))
+            path.chmod(0o600)
+            self._listener.listen(1)
+        except OSError as error:
+            self.close()
+            raise FerryError(
+                Reason.PERMISSION_MISSING, f"cannot listen for the VMM's hand-off at {path}: {error.strerror}"
+            ) from error
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._listener.close()
+        self.path.unlink(missing_ok=True)
+
+    async def receive(self, seconds: float) -> Handoff:
+        """Wait for the hand-off. FerryError: HANDOFF_TIMEOUT, _WRONG_PEER, _NO_FD, _MALFORMED or _REGIONS."""
+        try:
+            async with asyncio.timeout(seconds):
+                connection, _ = await asyncio.get_running_loop().sock_accept(self._listener)
+                return await self._take(connection)
+        except TimeoutError as error:
+            raise FerryError(
+                Reason.HANDOFF_TIMEOUT,
+                f"the VMM (process {self._pid}) has not handed its memory over within {seconds:g} s",
+            ) from error
+
+    async def _take(self, connection: socket.socket) -> Handoff:
+        with contextlib.ExitStack() as undo:
+            undo.callback(connection.close)
+            connection.setblocking(False)
+            peer = peer_credentials(connection)
+            if peer.pid != self._pid or not peer.pid:
+                raise FerryError(
+                    Reason.HANDOFF_WRONG_PEER,
+                    f"process {peer.pid} tried to hand memory over where process {self._pid} was expected",
+                )
+            fds: list[int] = []
+            undo.callback(_close_all, fds)
+            table = await _receive_table(connection, fds)
+            if len(fds) != 1:
+                raise FerryError(
+                    Reason.HANDOFF_NO_FD,
+                    f"the hand-off came with {len(fds)} file descriptors; it needs the userfaultfd",
+                )
+            addresses = read_table(table, self._layout)
+            uffd = Userfaultfd.adopt(fds[0])
+            undo.pop_all()
+            return Handoff(uffd, addresses, connection)
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+async def _receive_table(connection: socket.socket, fds: list[int]) -> Any:
+    """Return the JSON; descriptors are added to `fds`. The length is not sent: it ends where the JSON does."""
+    data = bytearray()
+    while True:
+        await _readable(connection)
+        received = recv_with_fds(connection, _CHUNK, _MAX_FDS)
+        fds += received.fds
+        data += received.data
+        if received.data and len(data) <= MAX_TABLE_BYTES:
+            if data.rstrip().endswith(b"]"):
+                with contextlib.suppress(ValueError, RecursionError):
+                    return json.loads(data)
+            if data.lstrip()[:1] == b"[" and not received.truncated:
+                continue
+        raise FerryError(Reason.HANDOFF_MALFORMED, f"the hand-off is no JSON table of regions ({len(data)} bytes came)")
+
+
+async def _readable(connection: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(connection.fileno(), ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(connection.fileno())
+
+
+def read_table(table: Any, layout: Layout) -> AddressMap:
+    """Check a region table against the guest's layout. FerryError: HANDOFF_MALFORMED or HANDOFF_REGIONS."""
+    if not isinstance(table, list) or not all(isinstance(entry, dict) for entry in table):
+        raise FerryError(Reason.HANDOFF_MALFORMED, "the hand-off's table is no array of objects")
+    if len(table) != len(layout.regions):
+        raise FerryError(
+            Reason.HANDOFF_REGIONS, f"the hand-off has {len(table)} regions where the guest has {len(layout.regions)}"
+        )
+    number = _number_in
+    entries = sorted(table, key=lambda entry: number(entry, "offset"))
+    offsets = [0, *accumulate(region.size for region in layout.regions)]
+    for entry, region, offset in zip(entries, layout.regions, offsets, strict=False):
+        found = number(entry, "offset"), number(entry, "size"), number(entry, "page_size", "page_size_kib")
+        if found != (offset, region.size, region.page_size):
+            raise FerryError(
+                Reason.HANDOFF_REGIONS,
+                f"the hand-off has a region with (offset, size, page size) {found} where the guest has "
+                f"{(offset, region.size, region.page_size)}",
+            )
+    return AddressMap(layout, [number(entry, "base_host_virt_addr") for entry in entries])
+
+
+def _number_in(entry: dict[str, Any], *names: str) -> int:
+    for name in names:
+        value = entry.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64:
+            return value
+    raise FerryError(Reason.HANDOFF_MALFORMED, f"a region of the hand-off has no usable {' or '.join(names)}")

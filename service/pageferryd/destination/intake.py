@@ -1,0 +1,69 @@
+"""Faults on their way in: from the doors to the pager, and its answers to the placer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from pageferryd.core.pager import Answer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pageferryd.core.demand import FaultTimes
+    from pageferryd.core.pager import Pager
+    from pageferryd.destination.door import DoorEvents
+    from pageferryd.destination.placer import Placer
+
+CLASSES = {
+    Answer.FETCH: "missing",
+    Answer.JOINED: "joined",
+    Answer.ZERO: "zero",
+    Answer.WAKE: "present",
+    Answer.POISON: "poisoned",
+}
+"""What a fault's answer is called in metrics."""
+
+
+class FaultIntake:
+    """Takes what a door delivers. `work` is called when requests may be due."""
+
+    def __init__(
+        self,
+        pager: Pager,
+        placer: Placer,
+        ended: Callable[[list[FaultTimes]], None],
+        work: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._pager = pager
+        self._placer = placer
+        self._ended = ended
+        self._work = work
+        self._clock = clock
+        self.counts: Counter[tuple[str, str]] = Counter()
+        """Faults by door and class."""
+
+    def take(self, door: str, events: DoorEvents) -> None:
+        """Take what a door saw at once: discards first, since any of the faults may be younger."""
+        now = self._clock()
+        for first, pages in events.discards:
+            self._discard(first, pages, now)
+        for page in events.faults:
+            answer = self._pager.fault(page, now, events.seen)
+            self.counts[door, CLASSES[answer]] += 1
+            if answer is Answer.ZERO:
+                self._placer.serve_zero(page)
+            elif answer is Answer.WAKE:
+                self._placer.serve_present(page)
+            elif answer is Answer.POISON:
+                self._placer.serve_poison(page)
+        self._work()
+
+    def _discard(self, first: int, pages: int, now: float) -> None:
+        self._placer.dropped(first, pages)
+        waited_for = self._pager.discard(first, pages, now)
+        for times in waited_for:
+            self._placer.serve_zero(times.page)
+        if waited_for:
+            self._ended(waited_for)

@@ -1,0 +1,221 @@
+"""The placer: puts what arrived in place, page by page as the pager still wants it."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import TYPE_CHECKING, NamedTuple
+
+import structlog
+
+from pageferry.errors import FerryError, Reason
+from pageferryd.core.layout import PAGE_SIZE
+from pageferryd.core.pager import Lane
+from pageferryd.core.runs import POISONED, RAW, ZERO, Run
+from pageferryd.destination.installer import Placed
+from pageferryd.destination.staging import Staging
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pageferryd.core.demand import FaultTimes
+    from pageferryd.core.pager import Pager
+    from pageferryd.core.runs import Batch
+    from pageferryd.destination.arrivals import ArrivalMap
+    from pageferryd.destination.installer import Installer
+
+_log = structlog.get_logger(__name__)
+
+SLICE_PAGES = 256
+"""Most pages placed in one go: a fault waits at most that long for the event loop."""
+
+
+_COUNTED = {
+    (kind, lane): (lane.value, name)
+    for lane in Lane
+    for kind, name in ((RAW, "raw"), (ZERO, "zero"), (POISONED, "poisoned"))
+}
+
+
+class _Piece(NamedTuple):
+    run: Run
+    data: bytes
+    offset: int
+    lane: Lane
+
+
+class Placer:
+    """Installs runs and tells the pager. What the kernel cannot take now is kept, in order, for `retry`.
+
+    `drain` makes the doors deliver what is queued; `ended` gets the faults that an install has answered.
+    """
+
+    def __init__(
+        self,
+        pager: Pager,
+        installer: Installer,
+        arrivals: ArrivalMap,
+        drain: Callable[[], None],
+        ended: Callable[[list[FaultTimes]], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._pager = pager
+        self._installer = installer
+        self._arrivals = arrivals
+        self._drain = drain
+        self._ended = ended
+        self._clock = clock
+        self._uniform = pager.layout.uniform
+        self._staging = Staging(pager.layout)
+        self._backlog: deque[_Piece] = deque()
+        self._zeroes: deque[int] = deque()
+        self._retrying = False
+        self.pages: Counter[tuple[str, str]] = Counter()
+        """Pages placed, by lane and kind."""
+
+    @property
+    def behind(self) -> bool:
+        """Whether something that arrived waits for the kernel to take it."""
+        return bool(self._backlog or self._zeroes)
+
+    def place(self, batch: Batch, lane: Lane) -> None:
+        """Place a small batch at once."""
+        for _ in self.slices(batch, lane):
+            pass
+
+    def slices(self, batch: Batch, lane: Lane) -> Iterator[None]:
+        """Place a batch; yields between slices, so that faults can be served meanwhile."""
+        offset = batch.offset
+        for run in batch.runs:
+            for first in range(run.first, run.first + run.pages, SLICE_PAGES):
+                pages = min(SLICE_PAGES, run.first + run.pages - first)
+                self._place(_Piece(Run(first, pages, run.kind), batch.message, offset, lane))
+                if run.kind == RAW:
+                    offset += pages * PAGE_SIZE
+                if pages == SLICE_PAGES:
+                    yield
+        if self._backlog:
+            self.retry()
+
+    def retry(self) -> bool:
+        """Drain the doors and try again what the kernel could not take; return whether nothing is left."""
+        if self._retrying:
+            return False
+        self._retrying = True
+        try:
+            self._drain()
+            for _ in range(len(self._backlog)):
+                self._place(self._backlog.popleft())
+            for _ in range(len(self._zeroes)):
+                self.serve_zero(self._zeroes.popleft())
+        finally:
+            self._retrying = False
+        return not self.behind
+
+    def _place(self, piece: _Piece) -> None:
+        run = piece.run
+        wanted = self._pager.wanted(run)
+        surplus = run.pages - sum(pages for _, pages in wanted)
+        if surplus:
+            self._pager.duplicate(surplus)
+        for first, pages in wanted:
+            offset = piece.offset
+            if run.kind == RAW:
+                offset += (first - run.first) * PAGE_SIZE
+            if self._uniform or self._pager.layout.granule(first)[1] == 1:
+                self._put(Run(first, pages, run.kind), piece.data, offset, piece.lane)
+                continue
+            for whole in self._staging.add(Run(first, pages, run.kind), piece.data, offset):
+                self._put(whole.run, whole.data, 0, piece.lane)
+
+    def _put(self, run: Run, data: bytes, offset: int, lane: Lane) -> None:
+        """Install a run of missing pages, to its end or to what the kernel cannot take now."""
+        first, left = run.first, run.pages
+        while left:
+            done, how = self._install(Run(first, left, run.kind), data, offset)
+            if done:
+                self._note(Run(first, done, run.kind), lane)
+                first, left = first + done, left - done
+                offset += done * PAGE_SIZE if run.kind == RAW else 0
+            if how is Placed.DONE:
+                return
+            if how is Placed.RETRY:
+                self._backlog.append(_Piece(Run(first, left, run.kind), data, offset, lane))
+                return
+            skipped = self._skip(Run(first, left, run.kind), how, lane)
+            first, left = first + skipped, left - skipped
+            offset += skipped * PAGE_SIZE if run.kind == RAW else 0
+
+    def _install(self, run: Run, data: bytes, offset: int) -> tuple[int, Placed]:
+        try:
+            if run.kind == RAW:
+                return self._installer.raw(run.first, run.pages, data, offset)
+            if run.kind == ZERO:
+                return self._installer.zero(run.first, run.pages)
+            return self._installer.poison(run.first, run.pages)
+        except FerryError as error:
+            return 0, _wait_for_memory(error)
+
+    def _note(self, run: Run, lane: Lane) -> None:
+        now = self._clock()
+        self.pages[_COUNTED[run.kind, lane]] += run.pages
+        if run.kind == POISONED:
+            ended = self._pager.poisoned(run, now)
+        else:
+            ended = self._pager.installed(run, lane, now)
+            self._arrivals.note(run.first, run.pages, lane)
+        if ended:
+            self._ended(ended)
+
+    def _skip(self, run: Run, how: Placed, lane: Lane) -> int:
+        """Settle the page that could not be placed; return how many pages that was."""
+        pages = self._pager.layout.granule(run.first)[1]
+        if how is Placed.PRESENT:
+            self._installer.wake(run.first, pages)
+            self._note(Run(run.first, pages, run.kind), lane)
+        else:
+            # Nobody can touch it any more, as after a discard.
+            self._ended(self._pager.discard(run.first, pages, self._clock()))
+        return pages
+
+    def serve_zero(self, page: int) -> None:
+        """Give zeroes to who waits for a page that was discarded."""
+        first, pages = self._pager.layout.granule(page)
+        _, how = self._install(Run(first, pages, ZERO), b"", 0)
+        if how is Placed.PRESENT:
+            self._installer.wake(first, pages)
+        elif how is Placed.RETRY:
+            self._zeroes.append(page)
+
+    def serve_poison(self, page: int) -> None:
+        """Give a memory error to who touched a page that the source could not read."""
+        first, pages = self._pager.layout.granule(page)
+        _, how = self._install(Run(first, pages, POISONED), b"", 0)
+        if how is not Placed.DONE:
+            self._installer.wake(first, pages)
+
+    def serve_present(self, page: int) -> None:
+        """Let who touched a page go on that was installed meanwhile.
+
+        Where the kernel finds nothing there, the VMM has dropped the page without an event, so that it reads as zero.
+        """
+        first, pages = self._pager.layout.granule(page)
+        _, how = self._install(Run(first, pages, ZERO), b"", 0)
+        if how is Placed.DONE:
+            self._pager.discard(first, pages, self._clock())
+        elif how is Placed.RETRY:
+            self._zeroes.append(page)
+        else:
+            self._installer.wake(first, pages)
+
+    def dropped(self, first: int, pages: int) -> None:
+        """The guest gave pages away: what is staged of them is worthless."""
+        if not self._uniform:
+            self._staging.drop(first, pages)
+
+
+def _wait_for_memory(error: FerryError) -> Placed:
+    """A host without memory now may have some later: the guest waits, and loses nothing."""
+    if error.reason is not Reason.NO_SPACE:
+        raise error
+    _log.warning("no_memory_for_guest", detail=error.message)
+    return Placed.RETRY

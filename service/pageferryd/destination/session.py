@@ -1,0 +1,298 @@
+"""The session: drives one guest's pager between its doors, its lanes and its installer until every page is in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import structlog
+
+from pageferry.errors import FerryError, Reason
+from pageferryd.core.errors import CoreError
+from pageferryd.core.latency import FaultLatencies
+from pageferryd.core.pager import Lane, Pager, PagerOptions
+from pageferryd.core.runs import decode
+from pageferryd.destination.arrivals import ArrivalMap
+from pageferryd.destination.intake import FaultIntake
+from pageferryd.destination.placer import Placer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pageferryd.core.demand import FaultTimes
+    from pageferryd.core.layout import Layout
+    from pageferryd.core.pacing import PacingOptions
+    from pageferryd.destination.door import FaultDoor
+    from pageferryd.destination.installer import Installer
+    from pageferryd.destination.lanes import LaneOpener, Lanes
+
+_log = structlog.get_logger(__name__)
+
+_RETRY_FIRST = 0.0005
+_RETRY_LONGEST = 0.5
+FATAL = frozenset({Reason.VMM_GONE, Reason.USERFAULTFD_REFUSED, Reason.INTERNAL})
+"""What no new connection repairs. Everything else pauses the migration, and the lanes are opened again."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """Bounds of a session; times in seconds."""
+
+    pager: PagerOptions = field(default_factory=PagerOptions)
+    backoff_initial: float = 0.1
+    backoff_max: float = 5.0
+
+
+class Session:
+    """One guest's memory on its way in.
+
+    `paused` is called with the reason when the lanes are lost, and with None when they are open again. `lanes` are the
+    first ones, opened before the guest depended on them.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        doors: Sequence[FaultDoor],
+        installer: Installer,
+        opener: LaneOpener,
+        options: SessionOptions,
+        paused: Callable[[FerryError | None], None] = lambda _error: None,
+        lanes: Lanes | None = None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        # Not the loop's: uvloop's has whole milliseconds.
+        self._clock = time.monotonic
+        self._doors = doors
+        self._installer = installer
+        self._opener = opener
+        self._options = options
+        self._paused = paused
+        self._lanes = lanes
+        self._demand_work = asyncio.Event()
+        self._push_work = asyncio.Event()
+        self._caught_up = asyncio.Event()
+        self._caught_up.set()
+        self._finished: asyncio.Future[None] = self._loop.create_future()
+        self._reconnect_now = asyncio.Event()
+        self._push_started = False
+        self._retry_due = False
+        self._retry_after = _RETRY_FIRST
+        self.pager = Pager(layout, options.pager, self._clock())
+        self.arrivals = ArrivalMap(layout.page_count)
+        self.latencies = FaultLatencies()
+        self.reconnects = 0
+        self.placer = Placer(self.pager, installer, self.arrivals, self._drain, self._faults_ended, self._clock)
+        self.intake = FaultIntake(self.pager, self.placer, self._faults_ended, self._after_faults, self._clock)
+
+    def open_doors(self) -> None:
+        """Begin to serve faults: from now on the guest's memory may be touched, and the source's must not change."""
+        for door in self._doors:
+            door.open(lambda events, name=door.name: self.intake.take(name, events), self.fail)  # type: ignore[misc]
+
+    def start_push(self) -> None:
+        """Begin to push: the guest runs."""
+        self._push_started = True
+        self._push_work.set()
+
+    def reconnect_now(self) -> None:
+        """Try lost lanes again at once instead of after the backoff."""
+        self._reconnect_now.set()
+
+    def set_pacing(self, pacing: PacingOptions) -> None:
+        """Put new limits into force."""
+        self.pager.pacer.set_options(pacing, self._clock())
+        self._push_work.set()
+
+    async def run(self) -> None:
+        """Serve until every page is installed and the source knows, through any number of losses.
+
+        FerryError with a reason of FATAL when the guest cannot be helped any more; its memory stays guarded then.
+        """
+        backoff = self._options.backoff_initial
+        while True:
+            try:
+                if self._lanes is None:
+                    self._lanes = await self._opener.open()
+                    self.reconnects += 1
+                    self._paused(None)
+                    backoff = self._options.backoff_initial
+                await self._serve(self._lanes)
+                return
+            except FerryError as error:
+                await self._drop_lanes()
+                if self._has_failed or error.reason in FATAL:
+                    raise
+                self._paused(error)
+                _log.warning("lanes_lost", reason=error.reason.value, detail=error.message, retry_in=round(backoff, 3))
+            await self._wait_to_reconnect(backoff)
+            backoff = min(2 * backoff, self._options.backoff_max)
+
+    @property
+    def _has_failed(self) -> bool:
+        return self._finished.done() and self._finished.exception() is not None
+
+    async def close(self) -> None:
+        """Stop. What is missing stays missing, and whoever touches it waits."""
+        self._finished.cancel()
+        for door in self._doors:
+            door.close()
+        await self._drop_lanes()
+
+    async def _wait_to_reconnect(self, backoff: float) -> None:
+        # Spread out, so that the guests of a host do not all come back in one moment.
+        wait = backoff * (0.75 + random.random() / 2)  # noqa: S311
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait):
+                await self._reconnect_now.wait()
+        self._reconnect_now.clear()
+
+    async def _drop_lanes(self) -> None:
+        lanes, self._lanes = self._lanes, None
+        for lane in Lane:
+            self.pager.lane_lost(lane)
+        if lanes is not None:
+            await lanes.close()
+
+    async def _serve(self, lanes: Lanes) -> None:
+        """Work the lanes until everything is in and acknowledged; FerryError where one is lost."""
+        self._demand_work.set()
+        self._push_work.set()
+        workers = [
+            asyncio.create_task(work(lanes))
+            for work in (self._ask, self._take_answers, self._ask_for_push, self._take_push, self._watch)
+        ]
+        try:
+            self._check_complete()
+            await asyncio.wait([self._finished, *workers], return_when=asyncio.FIRST_COMPLETED)
+            for worker in workers:
+                if worker.done():
+                    worker.result()
+            # Raises what a door or an install has failed with.
+            self._finished.result()
+            await lanes.complete(self.pager.layout.page_count)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    # The demand lane: every line of the next two methods is on the way of each fault.
+
+    async def _ask(self, lanes: Lanes) -> None:
+        work, pager, clock = self._demand_work, self.pager, self._clock
+        while True:
+            runs = pager.next_fetch(clock())
+            if runs is None:
+                await work.wait()
+                work.clear()
+            else:
+                await lanes.fetch(runs)
+
+    async def _take_answers(self, lanes: Lanes) -> None:
+        while True:
+            message = await lanes.fetched()
+            try:
+                batch = decode(message)
+                self.pager.demand_arrived(batch.runs, self._clock())
+            except CoreError as error:
+                raise _misbehaviour(error) from error
+            self.placer.place(batch, Lane.DEMAND)
+            self._demand_work.set()
+            self._after_install()
+
+    # The push lane
+
+    async def _ask_for_push(self, lanes: Lanes) -> None:
+        while True:
+            self._push_work.clear()
+            now = self._clock()
+            request = self.pager.next_push(now) if self._push_started else None
+            if request is not None:
+                await lanes.push(request.runs, request.credit)
+                continue
+            held_until = self.pager.pacer.wake_at(self.pager.faults_waiting, now) if self._push_started else None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if held_until is None else max(held_until - now, 0.0)):
+                    await self._push_work.wait()
+
+    async def _take_push(self, lanes: Lanes) -> None:
+        while True:
+            await self._caught_up.wait()
+            message = await lanes.pushed()
+            try:
+                batch = decode(message)
+                self.pager.push_arrived(batch.runs, self._clock(), last=batch.last)
+            except CoreError as error:
+                raise _misbehaviour(error) from error
+            self._push_work.set()
+            for _ in self.placer.slices(batch, Lane.PUSH):
+                await asyncio.sleep(0)
+            self._after_install()
+
+    async def _watch(self, _lanes: Lanes) -> None:
+        """Notice a source that is connected and says nothing."""
+        while True:
+            await asyncio.sleep(self._options.pager.silence / 4)
+            lane = self.pager.silent_lane(self._clock())
+            if lane is not None:
+                raise FerryError(
+                    Reason.LANE_SILENT,
+                    f"the source has not answered on the {lane.value} lane for {self._options.pager.silence:g} s",
+                )
+
+    # What happens between them
+
+    def _drain(self) -> None:
+        for door in self._doors:
+            door.drain()
+
+    def _after_faults(self) -> None:
+        self._demand_work.set()
+        self._after_install()
+
+    def _faults_ended(self, ended: list[FaultTimes]) -> None:
+        for times in ended:
+            self.latencies.observe(times.read, times.queued, times.fetched, times.installed, times.total)
+        self._push_work.set()
+
+    def _after_install(self) -> None:
+        if self.placer.behind:
+            self._caught_up.clear()
+            if not self._retry_due:
+                self._retry_due = True
+                self._loop.call_later(self._retry_after, self._retry)
+                self._retry_after = min(2 * self._retry_after, _RETRY_LONGEST)
+        else:
+            self._retry_after = _RETRY_FIRST
+            self._caught_up.set()
+            self._check_complete()
+
+    def _retry(self) -> None:
+        self._retry_due = False
+        try:
+            self.placer.retry()
+            self._after_install()
+        except (FerryError, CoreError, OSError) as error:
+            self.fail(error)
+
+    def _check_complete(self) -> None:
+        if self.pager.complete and not self.placer.behind and not self._finished.done():
+            self._finished.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """Something at this host went wrong that no new connection repairs."""
+        if self._finished.done():
+            return
+        if not isinstance(error, FerryError):
+            error = FerryError(Reason.INTERNAL, f"{type(error).__name__}: {error}")
+        self._finished.set_exception(error)
+        self._reconnect_now.set()
+
+
+def _misbehaviour(error: CoreError) -> FerryError:
+    """Return what the core refuses of the source's messages, as a reason to drop the lanes."""
+    return FerryError(Reason(error.reason), f"the source misbehaves: {error}")

@@ -1,0 +1,166 @@
+"""pageferryd: the process that runs on every host. Puts the parts together, and takes them down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import structlog
+import typer
+import uvloop
+
+from pageferry import __version__
+from pageferry.errors import FerryError, Reason
+from pageferry.v1 import incoming_pb2_grpc, migration_pb2_grpc
+from pageferryd import config, logs
+from pageferryd.control.book import MigrationBook
+from pageferryd.control.drain import Drain
+from pageferryd.control.incoming import Surroundings
+from pageferryd.control.incoming_service import IncomingServicer
+from pageferryd.control.migration_service import MigrationServicer
+from pageferryd.control.registry import GuestRegistry
+from pageferryd.http import HttpServer
+from pageferryd.linux.allocator import tune_malloc
+from pageferryd.metrics import make_registry
+from pageferryd.server import GrpcServer
+from pageferryd.source.page_service import PageService
+from pageferryd.vmm.own import DRIVER, VmmServiceDriver
+
+if TYPE_CHECKING:
+    from pageferryd.config import Settings
+
+_log = structlog.get_logger(__name__)
+
+_LAST_CALLS_SECONDS = 0.5
+
+
+class Sidecar:
+    """One sidecar, made in the event loop that it runs in."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._drain = Drain()
+        self._guests = GuestRegistry({DRIVER: VmmServiceDriver})
+        self._pages = PageService(secure=not settings.insecure)
+        self._book = MigrationBook(settings.limits.max_migrations, self._pages.withdraw)
+        self._grpc = GrpcServer(settings)
+        self._http = HttpServer(make_registry(self._book), self._unready)
+        self._bound: list[str] = []
+        self._add_services()
+
+    def _add_services(self) -> None:
+        server, around = self._grpc.server, Surroundings(self._settings, self._settings.tls_files(), self._guests)
+        migrations = MigrationServicer(self._book, around, self._pages, self._page_address, self._drain)
+        migration_pb2_grpc.add_MigrationServiceServicer_to_server(migrations, server)
+        incoming_pb2_grpc.add_IncomingServiceServicer_to_server(
+            IncomingServicer(self._book, around, self._drain), server
+        )
+        self._pages.add_to(server)
+
+    def _page_address(self) -> str:
+        return self._settings.page_address(self._bound)
+
+    def _unready(self) -> list[str]:
+        return ["draining: this sidecar is shutting down"] if self._drain.begun else []
+
+    async def start(self) -> None:
+        """Serve. Raises FerryError where that cannot be, and leaves nothing behind."""
+        _make_runtime_dir(self._settings.runtime_dir)
+        self._bound = await self._grpc.start()
+        try:
+            http = await self._http.start(self._settings.http)
+        except BaseException:
+            await self._grpc.stop(0)
+            raise
+        _log.info("ready", host=self._settings.host, listen=self._bound, http=http, release=__version__)
+
+    async def stop(self) -> None:
+        """Take nothing new, see through what is under way for as long as `drain_seconds`, and end."""
+        self._drain.begin()
+        await self._grpc.set_serving(serving=False)
+        active = list(self._book.active())
+        _log.info("draining", migrations=len(active), seconds=self._settings.drain_seconds if active else 0)
+        try:
+            async with asyncio.timeout(self._settings.drain_seconds):
+                for mover in active:
+                    while not mover.record.state.final:
+                        await mover.record.changes.wait(1.0)
+        except TimeoutError:
+            _log.warning("drain_incomplete", migrations=sum(1 for _ in self._book.active()))
+        for mover in list(self._book.active()):
+            await mover.stop()
+        await self._guests.close()
+        await self._http.stop()
+        # With a live stream stop() would wait all of a longer grace.
+        await self._grpc.stop(_LAST_CALLS_SECONDS)
+        _log.info("stopped")
+
+
+def _make_runtime_dir(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise FerryError(
+            Reason.PERMISSION_MISSING, f"cannot make the runtime directory {path}: {error.strerror}; set runtime_dir"
+        ) from error
+
+
+async def _serve(settings: Settings) -> None:
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    sidecar = Sidecar(settings)
+    await sidecar.start()
+    for name in config.unread_environment():
+        _log.warning("unknown_environment_variable", variable=name)
+    await ended.wait()
+    await sidecar.stop()
+
+
+def _run(
+    config_file: Annotated[Path | None, typer.Option("--config", help="Configuration file (TOML).")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS; everything must be loopback.")] = False,
+    host: Annotated[str | None, typer.Option(help="This host's name, as in its certificate.")] = None,
+    listen: Annotated[list[str] | None, typer.Option(help="Address to serve gRPC at; may be repeated.")] = None,
+    http: Annotated[str | None, typer.Option(help="Address of /metrics, /healthz and /readyz.")] = None,
+    api_socket: Annotated[Path | None, typer.Option(help="Unix socket for this host's operators.")] = None,
+    runtime_dir: Annotated[Path | None, typer.Option(help="Directory of hand-off sockets.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="json or console.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the release and exit.")] = False,
+) -> None:
+    """Move running guests between hosts: one pageferryd a host."""
+    if version:
+        typer.echo(f"pageferryd {__version__}")
+        return
+    given: dict[str, Any] = {
+        "host": host,
+        "listen": listen or None,
+        "http": http,
+        "api_socket": api_socket,
+        "runtime_dir": runtime_dir,
+        "log_format": log_format,
+        "log_level": log_level,
+        "insecure": insecure or None,
+    }
+    try:
+        settings = config.load(config_file, {key: value for key, value in given.items() if value is not None})
+        logs.configure(settings.log_format, settings.log_level)
+        tune_malloc()
+        uvloop.run(_serve(settings))
+    except FerryError as error:
+        print(f"pageferryd: {error.reason.value}: {error.message}", file=sys.stderr)
+        raise typer.Exit(2) from error
+
+
+def main() -> None:
+    """Run the command."""
+    typer.run(_run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Where guests leave: their memory, and the service that hands out its pages."""

@@ -1,0 +1,100 @@
+"""One guest's memory as its source serves it: who may read it, since when, and until when."""
+
+from __future__ import annotations
+
+import hmac
+from collections import Counter
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from pageferry.errors import FerryError, Reason
+from pageferryd.core.layout import PAGE_SIZE
+from pageferryd.core.runs import POISONED, RAW, Run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pageferryd.core.layout import Layout
+    from pageferryd.source.memory import SourceMemory
+
+TOKEN_BYTES = 32
+_KINDS = {RAW: "raw", POISONED: "poisoned"}
+
+
+class Access(Enum):
+    """What may be read of the memory."""
+
+    CLOSED = "closed"
+    """Nothing yet: the guest still runs here, and what it would give is not final."""
+    OPEN = "open"
+    """Everything: the guest stands still for good."""
+    RELEASED = "released"
+    """Nothing any more: the destination has every page."""
+
+
+class Served:
+    """A guest's memory on offer to one destination. `completed` is called when that says it has every page."""
+
+    def __init__(
+        self,
+        migration_id: str,
+        token: bytes,
+        destination_name: str,
+        memory: SourceMemory,
+        layout: Layout,
+        completed: Callable[[], None],
+    ) -> None:
+        self.migration_id = migration_id
+        self.destination_name = destination_name
+        self.layout = layout
+        self.access = Access.CLOSED
+        self.pages: Counter[tuple[str, str]] = Counter()
+        """Pages sent, by lane and kind."""
+        self.bytes: Counter[str] = Counter()
+        """Bytes of pages sent, by lane."""
+        self._token = token
+        self._memory = memory
+        self._completed = completed
+
+    def check_token(self, token: bytes) -> None:
+        """Raise FerryError(TOKEN_INVALID) unless the token is this migration's."""
+        if not hmac.compare_digest(token, self._token):
+            raise FerryError(Reason.TOKEN_INVALID, f"the token shown is not that of migration {self.migration_id}")
+
+    def open(self) -> None:
+        """Let the memory be read: the guest stands still."""
+        self.access = Access.OPEN
+
+    def readable(self) -> SourceMemory:
+        """Return the memory, or raise FerryError(ILLEGAL_STATE) while it must not be read."""
+        if self.access is Access.CLOSED:
+            raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.migration_id}: the guest still runs at the source")
+        if self.access is Access.RELEASED:
+            raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.migration_id}: its memory was released")
+        return self._memory
+
+    def count(self, lane: str, runs: list[Run]) -> None:
+        """Count what was sent."""
+        for run in runs:
+            self.pages[lane, _KINDS.get(run.kind, "zero")] += run.pages
+            if run.kind == RAW:
+                self.bytes[lane] += run.pages * PAGE_SIZE
+
+    def complete(self, pages: int) -> None:
+        """Every page is at the destination: let the memory go. Saying so twice is harmless."""
+        if pages != self.layout.page_count:
+            raise FerryError(
+                Reason.INVALID_ARGUMENT,
+                f"migration {self.migration_id}: {pages} of {self.layout.page_count} pages are no completion",
+            )
+        if self.access is Access.CLOSED:
+            raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.migration_id}: the guest still runs at the source")
+        if self.access is Access.OPEN:
+            self.close()
+            self._completed()
+
+    def close(self) -> None:
+        """Let the memory go. Twice does nothing."""
+        if self.access is not Access.RELEASED:
+            self.access = Access.RELEASED
+            self._memory.close()

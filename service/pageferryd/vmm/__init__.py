@@ -1,0 +1,1 @@
+"""One driver a kind of VMM, behind one small interface."""

@@ -1,0 +1,122 @@
+"""The driver for VMMs that serve VmmService on a Unix socket of their own (vmm.proto)."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from pageferry.channel import open_channel
+from pageferry.errors import FerryError, Reason, from_rpc
+from pageferry.v1 import vmm_pb2, vmm_pb2_grpc
+from pageferryd.core.errors import LayoutError
+from pageferryd.core.layout import Layout, Region
+from pageferryd.linux.pidfd import PidFd
+from pageferryd.linux.unix_peer import listener_pid
+from pageferryd.vmm.driver import Activity, Description
+
+DRIVER = "vmm"
+_QUICK_SECONDS = 5.0
+_STATE_SECONDS = 60.0
+_EXIT_SECONDS = 5.0
+
+_ACTIVITIES = {
+    vmm_pb2.VMM_STATE_RUNNING: Activity.RUNNING,
+    vmm_pb2.VMM_STATE_PAUSED: Activity.PAUSED,
+    vmm_pb2.VMM_STATE_INCOMING: Activity.INCOMING,
+}
+
+
+class VmmServiceDriver:
+    """One VMM behind its socket."""
+
+    def __init__(self, socket_path: str) -> None:
+        """Raise FerryError(INVALID_ARGUMENT) unless the path is absolute and fits a socket address."""
+        self._path = socket_path
+        self._channel = open_channel(f"unix:{socket_path}", None)
+        self._stub = vmm_pb2_grpc.VmmServiceStub(self._channel)
+        self._pid = 0
+
+    async def describe(self) -> Description:
+        """Ask for layout, locations and state; the process id is the listener's, as the kernel knows it."""
+        self._pid = listener_pid(self._path, _QUICK_SECONDS)
+        answer = await self._call(self._stub.DescribeMemory, vmm_pb2.DescribeMemoryRequest())
+        activity = _ACTIVITIES.get(answer.state)
+        if activity is None:
+            raise FerryError(Reason.VMM_FAILED, f"the VMM at {self._path} is in a state that cannot be: {answer.state}")
+        regions = [Region(region.guest_address, region.size, region.page_size) for region in answer.layout.regions]
+        try:
+            layout = Layout(regions)
+        except LayoutError as error:
+            raise FerryError(
+                Reason.LAYOUT_INVALID, f"the VMM at {self._path} describes its memory wrongly: {error}"
+            ) from error
+        if activity is not Activity.INCOMING and len(answer.locations) != len(regions):
+            raise FerryError(
+                Reason.LAYOUT_INVALID,
+                f"the VMM at {self._path} gives {len(answer.locations)} locations for {len(regions)} regions",
+            )
+        return Description(layout, tuple(answer.locations), activity, self._pid)
+
+    async def attach_pager(self, socket_path: str) -> None:
+        """Have the memory handed over."""
+        await self._call(self._stub.AttachPager, vmm_pb2.AttachPagerRequest(socket_path=socket_path), _STATE_SECONDS)
+
+    async def pause(self) -> None:
+        """Stop the guest."""
+        await self._call(self._stub.Pause, vmm_pb2.PauseRequest(), _STATE_SECONDS)
+
+    async def save_state(self) -> bytes:
+        """Save the state."""
+        answer = await self._call(self._stub.SaveState, vmm_pb2.SaveStateRequest(), _STATE_SECONDS)
+        state: bytes = answer.state
+        return state
+
+    async def load_state(self, state: bytes) -> None:
+        """Load a state."""
+        await self._call(self._stub.LoadState, vmm_pb2.LoadStateRequest(state=state), _STATE_SECONDS)
+
+    async def resume(self) -> None:
+        """Let the guest run."""
+        await self._call(self._stub.Resume, vmm_pb2.ResumeRequest(), _STATE_SECONDS)
+
+    async def detach_pager(self) -> None:
+        """Say that every page is in."""
+        await self._call(self._stub.DetachPager, vmm_pb2.DetachPagerRequest())
+
+    async def kill(self) -> None:
+        """Ask the VMM to end, and wait until it has."""
+        pid = self._pid
+        try:
+            await self._call(self._stub.Kill, vmm_pb2.KillRequest())
+        except FerryError as error:
+            # The VMM may be gone before it answers; that is for the wait to tell.
+            if error.reason is not Reason.VMM_UNREACHABLE:
+                raise
+        await asyncio.to_thread(_wait_for_exit, pid, self._path)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+    async def _call(self, method: Any, request: Any, timeout: float = _QUICK_SECONDS) -> Any:  # noqa: ASYNC109
+        try:
+            return await method(request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            lost = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            told = from_rpc(error, Reason.VMM_UNREACHABLE if lost else Reason.VMM_FAILED)
+            raise FerryError(told.reason, f"the VMM at {self._path}: {told.message}") from error
+
+
+def _wait_for_exit(pid: int, path: str) -> None:
+    if pid <= 0 or not Path(f"/proc/{pid}").exists():
+        return
+    try:
+        with PidFd(pid) as process:
+            ended = process.wait(_EXIT_SECONDS)
+    except FerryError:
+        return
+    if not ended:
+        raise FerryError(Reason.VMM_FAILED, f"the VMM at {path} (process {pid}) was asked to end, and has not")
