@@ -19,7 +19,7 @@ demo: .venv/runtime.stamp ## Move a running guest between two sidecars on this m
 
 .PHONY: test
 test: .venv/dev.stamp system-packages ## Run the whole test suite (ARGS="tests/core -k pacing")
-	@$(BIN)/python -m pytest $(ARGS)
+	@PATH="$(CURDIR)/.make/bin:$$PATH:/usr/sbin:/sbin" $(BIN)/python -m pytest $(ARGS)
 
 .PHONY: lint
 lint: .venv/dev.stamp system-packages ## Check style, types, the protobuf contract, its stubs and the alert rules

@@ -49,17 +49,18 @@ class Authority:
     def __post_init__(self) -> None:
         self.certificate = self._sign(_name(self.name), self._key.public_key(), ca=True, names=())
 
-    def issue(self, *dns_names: str, common_name: str = "") -> Leaf:
+    def issue(self, *dns_names: str, common_name: str = "", expired: bool = False) -> Leaf:
         """Sign a certificate for both client and server use, with the names as SAN DNS names and 127.0.0.1."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = _name(common_name or (dns_names[0] if dns_names else "nameless"))
-        return Leaf(self._sign(subject, key.public_key(), ca=False, names=dns_names), _key_pem(key))
+        certificate = self._sign(subject, key.public_key(), ca=False, names=dns_names, expired=expired)
+        return Leaf(certificate, _key_pem(key))
 
-    def write(self, directory: Path, *dns_names: str, common_name: str = "") -> TlsFiles:
+    def write(self, directory: Path, *dns_names: str, common_name: str = "", expired: bool = False) -> TlsFiles:
         """Issue a certificate and write it with its key and the CA into a directory (made when absent)."""
         directory.mkdir(parents=True, exist_ok=True)
         files = TlsFiles(ca=directory / "ca.pem", certificate=directory / "cert.pem", key=directory / "key.pem")
-        leaf = self.issue(*dns_names, common_name=common_name)
+        leaf = self.issue(*dns_names, common_name=common_name, expired=expired)
         files.ca.write_bytes(self.certificate)
         files.certificate.write_bytes(leaf.certificate)
         files.key.write_bytes(leaf.key)
@@ -67,7 +68,13 @@ class Authority:
         return files
 
     def _sign(
-        self, subject: x509.Name, public_key: ec.EllipticCurvePublicKey, *, ca: bool, names: tuple[str, ...]
+        self,
+        subject: x509.Name,
+        public_key: ec.EllipticCurvePublicKey,
+        *,
+        ca: bool,
+        names: tuple[str, ...],
+        expired: bool = False,
     ) -> bytes:
         now = dt.datetime.now(dt.UTC)
         builder = (
@@ -76,8 +83,8 @@ class Authority:
             .issuer_name(_name(self.name))
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _HOUR)
-            .not_valid_after(now + 24 * _HOUR)
+            .not_valid_before(now - 2 * _HOUR)
+            .not_valid_after(now - _HOUR if expired else now + 24 * _HOUR)
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
         )
         if names:

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     CORE: frozenset({CORE}),
     LINUX: FOUNDATION,
     **{side: FOUNDATION | {side} for side in SIDES},
-    **{shared: FOUNDATION | SHARED for shared in SHARED},
+    **dict.fromkeys(SHARED, FOUNDATION | SHARED),
     CONTROL: FOUNDATION | SIDES | SHARED | {CONTROL},
     SIDECAR: FOUNDATION | SIDES | SHARED | {CONTROL},
 }

@@ -16,9 +16,11 @@ freeze() {
     local venv=$scratch/$1
     shift
     "$python" -m venv "$venv"
+    # Where Python itself brings setuptools, pip would keep that one and pin it nowhere.
+    "$venv/bin/python" -m pip uninstall -qq -y --disable-pip-version-check setuptools wheel
     # Twice quiet: pip's warnings about the places it looks into are not about the pins.
     env -u PIP_CONSTRAINT "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@"
-    "$venv/bin/python" -m pip freeze --disable-pip-version-check --exclude pageferry --exclude-editable
+    "$venv/bin/python" -m pip freeze --all --disable-pip-version-check --exclude pip --exclude pageferry --exclude-editable
 }
 
 # write NAME COMMENT: pins from stdin.

@@ -29,7 +29,8 @@ class UserspaceMemoryRegion(ctypes.Structure):
 
 
 GENERAL_REGISTERS: Final = (
-    "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()
+    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags",
 )  # fmt: skip
 
 
@@ -74,20 +75,22 @@ class SignalMask(ctypes.Structure):
     _fields_ = (("len", _U32), ("sigset", _U64))
 
 
-class RunIo(ctypes.Structure):
-    """The member `io` of the union in struct kvm_run: what the guest did to a port."""
+class RunMmio(ctypes.Structure):
+    """The member `mmio` of the union in struct kvm_run: an access to an address without memory."""
 
-    _fields_ = (("direction", _U8), ("size", _U8), ("port", _U16), ("count", _U32), ("data_offset", _U64))
+    _fields_ = (("phys_addr", _U64), ("data", _U8 * 8), ("len", _U32), ("is_write", _U8))
 
 
 class RunFailEntry(ctypes.Structure):
-    """The member `fail_entry` of the union in struct kvm_run; `internal.suberror` lies in its first 32 bits."""
+    """The member `fail_entry` of the union in struct kvm_run."""
 
     _fields_ = (("hardware_entry_failure_reason", _U64), ("cpu", _U32))
 
 
 class _RunUnion(ctypes.Union):
-    _fields_ = (("io", RunIo), ("fail_entry", RunFailEntry))
+    """The union in struct kvm_run; `suberror` is the first word of its member `internal`."""
+
+    _fields_ = (("mmio", RunMmio), ("fail_entry", RunFailEntry), ("suberror", _U32))
 
 
 class Run(ctypes.Structure):
@@ -123,18 +126,16 @@ KVM_SET_SREGS: Final = _ioc(1, 0x84, ctypes.sizeof(Sregs))
 KVM_SET_SIGNAL_MASK: Final = _ioc(1, 0x8B, 4)
 """The number counts only the fixed part of struct kvm_signal_mask."""
 
-KVM_EXIT_IO: Final = 2
-KVM_EXIT_HLT: Final = 5
 KVM_EXIT_MMIO: Final = 6
 KVM_EXIT_SHUTDOWN: Final = 8
 KVM_EXIT_FAIL_ENTRY: Final = 9
 KVM_EXIT_INTR: Final = 10
 KVM_EXIT_INTERNAL_ERROR: Final = 17
-KVM_EXIT_IO_OUT: Final = 1
 
 CR0_PE: Final = 1 << 0
 CR0_ET: Final = 1 << 4
 CR0_NE: Final = 1 << 5
+CR0_WP: Final = 1 << 16
 CR0_PG: Final = 1 << 31
 CR4_PAE: Final = 1 << 5
 EFER_LME: Final = 1 << 8

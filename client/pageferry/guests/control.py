@@ -1,9 +1,9 @@
 """How a demonstration guest is watched and asked: one JSON object a line on stdout, one command word a line on stdin.
 
 Events: `ready` (with `pid`, once the VmmService is served), `progress` (a few times a second: `steps`, `errors`,
-`state`), `error` (`message`), `verified` (`pages`, `bad`, `first_bad`), `status` (as progress), `bye`.
-Commands: `verify` checks every byte of memory while the guest stands still, `status`, `quit`. The end of stdin is a
-`quit` too, unless detached; SIGTERM and SIGINT always are.
+`state`, `longest_stall_ms`), `error` (`message`), `verified` (`pages`, `bad`, `first_bad`), `status` (as progress),
+`bye`. Commands: `verify` checks every byte of memory while the guest stands still, `status`, `quit`. The end of stdin
+is a `quit` too, unless detached; SIGTERM and SIGINT always are.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ LISTED_FINDINGS = 8
 
 @dataclass(frozen=True)
 class GuestStatus:
-    """A look at a guest: steps done, errors found so far, and the state's word ("running", "paused", "incoming")."""
+    """A look at a guest: steps done, errors found so far, and the state's word ("running", "paused", "incoming").
+
+    `longest_stall_ms` is how long one of its memory accesses took at most, where the guest measures it.
+    """
 
     steps: int
     errors: int
     state: str
+    longest_stall_ms: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,9 @@ class GuestMemory:
 
     def read(self, offset: int, length: int) -> bytes:
         """Return a copy of the range."""
+        address = self._at(offset, length)
         buffer = ctypes.create_string_buffer(length)
-        _memcpy(buffer, self._at(offset, length), length)
+        _memcpy(buffer, address, length)
         return buffer.raw
 
     def write(self, offset: int, data: bytes) -> None:

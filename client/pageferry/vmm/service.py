@@ -21,8 +21,10 @@ from pageferry.vmm.servicer import VmmServicer
 
 __all__ = ["Vmm", "VmmServer"]
 
-_LONGEST_PATH = 107
-"""Bytes of sun_path in unix(7), without its NUL."""
+_BOUND_SUFFIX = "~"
+
+_LONGEST_PATH = 107 - len(_BOUND_SUFFIX)
+"""Bytes of sun_path in unix(7), without its NUL and what is bound beside the path for a moment."""
 
 _PROBE_SECONDS = 1.0
 
@@ -153,18 +155,21 @@ def _is_served(path: str) -> bool:
             probe.connect(path)
         except (ConnectionRefusedError, FileNotFoundError):
             return False
-        except BlockingIOError:
-            # A full backlog: somebody listens, slowly.
+        except (BlockingIOError, PermissionError):
+            # A full backlog: somebody listens, slowly. Or it is another user's, and not ours to remove.
             return True
         return True
 
 
 def _bind(server: grpc.aio.Server, path: str) -> None:
+    # gRPC unlinks the path that it bound when it stops, whoever owns it by then: so it never learns the real one.
+    bound = path + _BOUND_SUFFIX
     # Made with the right mode from the start: a chmod afterwards would leave a moment in which others can connect.
     old = os.umask(0o177)
     try:
-        server.add_insecure_port(f"unix:{path}")
-    except RuntimeError as error:
+        server.add_insecure_port(f"unix:{bound}")
+        Path(bound).rename(path)
+    except (RuntimeError, OSError) as error:
         raise FerryError(
             Reason.INVALID_ARGUMENT,
             f"cannot bind the VMM's socket {path}: {error}; is its directory there and writable?",

@@ -1,0 +1,62 @@
+"""The demo command."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pageferry.cli.options import Json, MemorySize
+from pageferry.cli.output import console, print_json
+from pageferry.demo.guests import Kind
+from pageferry.demo.report import Result
+from pageferry.demo.run import Options, run
+from pageferry.errors import FerryError, Reason
+
+
+def demo(
+    guest: Annotated[
+        Kind | None, typer.Option(help="Which guest. Default: kvm where /dev/kvm can be used, else process.")
+    ] = None,
+    memory: MemorySize = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides what the guest's memory holds.")] = 1,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the logs, and say where.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Give up after so long.")] = 120,
+    as_json: Json = False,
+) -> None:
+    """Move a running guest between two sidecars on this machine.
+
+    Needs no sidecar: it starts two, and a guest, and ends them all. Exit status 0 only when the guest went on running
+    at its destination, and every byte of its memory is intact.
+    """
+    # The story goes to stderr when stdout is for a program.
+    out = console(sys.stderr if as_json else None)
+    result = asyncio.run(_run(Options(guest, memory, seed, keep, timeout), out))
+    if as_json:
+        print_json(result.document())
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+async def _run(options: Options, out: Console) -> Result:
+    """Run it so that SIGTERM and a closed terminal end it as Ctrl-C does: with everything that it has started."""
+    loop = asyncio.get_running_loop()
+    demonstration = asyncio.create_task(run(options, out))
+    told: list[signal.Signals] = []
+
+    def end(number: signal.Signals) -> None:
+        told.append(number)
+        demonstration.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, end, number)
+    try:
+        return await demonstration
+    except asyncio.CancelledError:
+        if told:
+            raise FerryError(Reason.CANCELLED, f"ended by {told[0].name}") from None
+        raise

@@ -1,0 +1,208 @@
+"""Each command, as text and as JSON, against a sidecar that plays its part."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pageferry import __version__
+
+
+def document(outcome):
+    """Return the one JSON document on stdout."""
+    assert outcome.err == ""
+    return json.loads(outcome.out)
+
+
+def test_preflight_lists_the_checks_and_their_remedies(ferry):
+    outcome = ferry("preflight", "--guest", "web")
+
+    assert outcome.status == 0
+    assert "pageferryd 9.9" in outcome.out
+    assert "userfaultfd" in outcome.out
+    assert "remedy: be patient" in outcome.out
+
+
+def test_preflight_of_a_destination_that_cannot_exits_with_1(ferry):
+    outcome = ferry("preflight", "--to", "127.0.0.1:1", "--to-name", "beta")
+
+    assert outcome.status == 1
+    assert "beta has too little" in outcome.out
+
+
+def test_preflight_tells_a_program_the_same(ferry):
+    outcome = ferry("preflight", "--to", "127.0.0.1:1", "--json")
+
+    assert outcome.status == 1
+    found = document(outcome)
+    assert found["checks"] == [{"name": "userfaultfd", "status": "CHECK_STATUS_OK", "detail": "in order", "remedy": ""}]
+    assert found["destination_checks"][0]["status"] == "CHECK_STATUS_FAILED"
+
+
+def test_register_sends_the_absolute_path_of_the_socket(ferry, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    found = document(ferry("register", "new", "vmm.sock", "--json"))
+
+    assert found["vmm_address"] == str(tmp_path / "vmm.sock")
+    assert found["state"] == "GUEST_STATE_INCOMING"
+    assert found["pid"] == 42
+
+
+def test_register_shows_the_guest(ferry):
+    outcome = ferry("register", "new", "/run/new.sock")
+
+    assert outcome.status == 0
+    assert "incoming" in outcome.out
+    assert "/run/new.sock" in outcome.out
+
+
+def test_unregister_says_that_the_guest_is_forgotten(ferry):
+    assert ferry("unregister", "web").out == "web is forgotten\n"
+    assert document(ferry("unregister", "web", "--json")) == {"guest_id": "web"}
+
+
+def test_list_shows_guests_and_migrations(ferry):
+    outcome = ferry("list")
+
+    assert outcome.status == 0
+    assert "/run/web.sock" in outcome.out
+    assert "16.0 MiB" in outcome.out
+    assert "m-web" in outcome.out
+    assert "12.3 ms" in outcome.out
+
+
+def test_list_of_one_guest_leaves_the_others_out(ferry):
+    found = document(ferry("list", "--guest", "doomed", "--json"))
+
+    assert [guest["guest_id"] for guest in found["guests"]] == ["doomed"]
+    assert [migration["guest_id"] for migration in found["migrations"]] == ["doomed"]
+
+
+def test_integers_are_integers_in_json(ferry):
+    found = document(ferry("list", "--json"))
+
+    assert found["guests"][0]["memory_bytes"] == 1 << 24
+    assert found["migrations"][0]["progress"]["pages_total"] == 4096
+    assert found["migrations"][0]["memory_map"]["pages_per_cell"] == 256
+    assert found["migrations"][0]["fault_latencies"][0]["latency"]["count"] == 1000
+
+
+def test_migrate_follows_the_guest_to_its_destination(ferry):
+    outcome = ferry("migrate", "web", "--to", "127.0.0.1:7444", "--to-name", "beta")
+
+    assert outcome.status == 0
+    lines = outcome.out.splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["preparing", "postcopy", "completed"]
+    assert "downtime" in outcome.out
+    assert "m-web" in outcome.out
+
+
+def test_migrate_without_waiting_returns_what_was_started(ferry):
+    limits = ("--push-rate", "200M", "--push-window", "1MiB", "--fault-objective", "2ms", "--no-push")
+
+    found = document(
+        ferry("migrate", "web", "--to", "127.0.0.1:7444", "--request-id", "r1", "--no-wait", "--json", *limits)
+    )
+
+    assert found["state"] == "MIGRATION_STATE_PENDING"
+    assert found["request_id"] == "r1"
+    assert found["destination_address"] == "127.0.0.1:7444"
+    assert found["limits"] == {
+        "push_bytes_per_second": 200 << 20,
+        "push_window_bytes": 1 << 20,
+        "fault_objective_us": 2000,
+        "push_disabled": True,
+    }
+
+
+def test_migrate_chooses_another_request_id_each_time(ferry):
+    first, second = (
+        document(ferry("migrate", "web", "--to", "127.0.0.1:7444", "--no-wait", "--json")) for _ in range(2)
+    )
+
+    assert first["request_id"] != second["request_id"]
+
+
+@pytest.mark.parametrize("command", [("migrate", "doomed", "--to", "127.0.0.1:7444"), ("watch", "m-doomed")])
+def test_a_failed_migration_exits_with_1_and_its_error(ferry, command):
+    outcome = ferry(*command)
+
+    assert outcome.status == 1
+    assert outcome.err == "error: DESTINATION_REFUSED: beta refused doomed; it runs on at alpha\n"
+
+
+def test_a_failed_migration_exits_with_1_in_json_too(ferry):
+    outcome = ferry("migrate", "doomed", "--to", "127.0.0.1:7444", "--json")
+
+    assert outcome.status == 1
+    assert document(outcome)["error"]["reason"] == "DESTINATION_REFUSED"
+
+
+def test_a_cancelled_migration_exits_with_1(ferry):
+    outcome = ferry("watch", "m-undone")
+
+    assert outcome.status == 1
+    assert outcome.err.startswith("error: CANCELLED: ")
+
+
+def test_watch_prints_one_document_when_the_migration_has_ended(ferry):
+    found = document(ferry("watch", "m-web", "--json"))
+
+    assert found["state"] == "MIGRATION_STATE_COMPLETED"
+    assert found["downtime"] == "0.012300s"
+
+
+def test_a_watch_that_ends_early_is_an_error(ferry):
+    outcome = ferry("watch", "m-cut")
+
+    assert outcome.status == 2
+    assert outcome.err.startswith("error: SIDECAR_UNREACHABLE: ")
+    assert "watch it again" in outcome.err
+
+
+def test_show_of_a_failed_migration_is_no_failure(ferry):
+    outcome = ferry("show", "m-doomed")
+
+    assert outcome.status == 0
+    assert "DESTINATION_REFUSED" in outcome.out
+
+
+def test_show_tells_a_program_everything(ferry):
+    found = document(ferry("show", "m-web", "--json"))
+
+    assert found["migration_id"] == "m-web"
+    assert sum(found["memory_map"]["demand_pages"]) == 256
+
+
+def test_cancel_shows_the_migration_taken_back(ferry):
+    assert "cancelled" in ferry("cancel", "m-slow").out
+    assert document(ferry("cancel", "m-slow", "--json"))["state"] == "MIGRATION_STATE_CANCELLED"
+
+
+def test_resume_shows_the_migration(ferry):
+    assert "postcopy" in ferry("resume", "m-slow").out
+    assert document(ferry("resume", "m-slow", "--json"))["migration_id"] == "m-slow"
+
+
+def test_limits_changes_only_what_is_given(ferry):
+    ferry("limits", "m-slow", "--push-rate", "1G", "--no-push")
+
+    found = document(ferry("limits", "m-slow", "--push", "--fault-objective", "500", "--json"))
+
+    assert found["push_bytes_per_second"] == 1 << 30
+    assert found["fault_objective_us"] == 500
+    assert found["push_disabled"] is False
+    assert "push rate 1.0 GiB/s" in ferry("limits", "m-slow").out
+
+
+def test_the_release_is_told_without_a_sidecar(pageferry):
+    assert pageferry("--version") == (0, f"pageferry {__version__}\n", "")
+
+
+def test_without_arguments_the_help_is_shown(pageferry):
+    outcome = pageferry()
+
+    assert outcome.status == 0
+    assert "migrate" in outcome.out
