@@ -66,15 +66,18 @@ def open_channel(
 
     With `tls` both sides prove who they are, and the server's certificate must bear `expected_name`, or the host of
     the address when it is None or empty. Without `tls` nothing is encrypted, and `expected_name` is ignored: what may
-    be reached that way is the caller's decision. `options` come after the common ones. To be called in the event loop
+    be reached that way is the caller's decision. `options` win over the common ones. To be called in the event loop
     that uses the channel. Raises FerryError: INVALID_ARGUMENT for the address, CONFIG_INVALID for the TLS files.
     """
     target = addresses.normalise(address)
+    # Merged here: of two options with one name gRPC takes the first.
+    merged = {**dict(CHANNEL_OPTIONS), **dict(options)}
     if tls is None:
-        return grpc.aio.insecure_channel(target, options=(*CHANNEL_OPTIONS, *options))
+        return grpc.aio.insecure_channel(target, options=tuple(merged.items()))
     if not expected_name and addresses.is_unix(target):
         raise FerryError(
             Reason.INVALID_ARGUMENT, f"{target} has no host name to check a certificate against; give the expected name"
         )
-    name = (("grpc.ssl_target_name_override", expected_name),) if expected_name else ()
-    return grpc.aio.secure_channel(target, channel_credentials(tls), options=(*CHANNEL_OPTIONS, *name, *options))
+    if expected_name:
+        merged["grpc.ssl_target_name_override"] = expected_name
+    return grpc.aio.secure_channel(target, channel_credentials(tls), options=tuple(merged.items()))

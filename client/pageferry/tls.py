@@ -147,7 +147,8 @@ def _check(identity: _Identity, files: TlsFiles) -> None:
     """Have OpenSSL parse the bytes that will be used: gRPC itself fails only at the first handshake, without a word."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_verify_locations(cadata=identity.ca.decode("ascii", errors="replace"))
+        # Python takes PEM as ASCII only; a bundle's comments may hold the names of CAs in any script.
+        context.load_verify_locations(cadata=identity.ca.decode("ascii", errors="ignore"))
     except (ssl.SSLError, ValueError) as error:
         raise FerryError(
             Reason.CONFIG_INVALID, f"the TLS CA {files.ca} holds no PEM certificate: {error}; give the CA's certificate"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-from certificates import Authority
 from grpc_status import rpc_status
 
+from certificates import Authority
 from pageferry.client import SidecarClient, ended
 from pageferry.errors import FerryError, Reason, to_status
 from pageferry.tls import TlsFiles, server_credentials
@@ -220,7 +220,10 @@ async def test_a_watch_of_an_absent_sidecar_is_an_error(tmp_path):
 
 
 async def test_later_looks_may_take_longer_than_a_call(address):
-    async with SidecarClient(address, None, timeout=0.2) as client, aclosing(client.watch_migration("endless")) as looks:
+    async with (
+        SidecarClient(address, None, timeout=0.2) as client,
+        aclosing(client.watch_migration("endless")) as looks,
+    ):
         await anext(looks)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(anext(looks), 0.4)

@@ -42,7 +42,7 @@ def test_an_event_is_one_json_object_a_line(stream: StringIO) -> None:
         "event": "ready",
         "level": "info",
         "logger": "pageferryd.test",
-        "listen": "['127.0.0.1:1']",
+        "listen": ["127.0.0.1:1"],
         "pages": 3,
     }
 

@@ -59,9 +59,7 @@ class StandIn(migration_pb2_grpc.MigrationServiceServicer):
 
 
 def migration(state: int) -> pb.Migration:
-    found = pb.Migration(
-        migration_id="m", guest_id="demo", state=state, source_name="alpha", destination_name="beta"
-    )
+    found = pb.Migration(migration_id="m", guest_id="demo", state=state, source_name="alpha", destination_name="beta")
     if state == pb.MIGRATION_STATE_COMPLETED:
         found.progress.CopyFrom(pb.Progress(pages_total=PAGES, pages_present=PAGES, push_pages=PAGES, push_bytes=4096))
         found.downtime.CopyFrom(Duration(nanos=7_000_000))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ def processes_in(directory: Path) -> list[str]:
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and str(directory) in os.readlink(entry / "cwd"):
+            if entry.name.isdigit() and str(directory) in str((entry / "cwd").readlink()):
                 found.append((entry / "cmdline").read_text())
         except OSError:
             continue

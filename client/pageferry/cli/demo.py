@@ -23,7 +23,7 @@ def demo(
         Kind | None, typer.Option(help="Which guest. Default: kvm where /dev/kvm can be used, else process.")
     ] = None,
     memory: MemorySize = None,
-    seed: Annotated[int, typer.Option(min=0, help="Decides what the guest's memory holds.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Decides what the guest's memory holds.")] = 1,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the logs, and say where.")] = False,
     timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Give up after so long.")] = 120,
     as_json: Json = False,

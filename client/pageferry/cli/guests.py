@@ -10,7 +10,7 @@ import typer
 
 from pageferry.cli import tables
 from pageferry.cli.options import Connection, GuestId, Json
-from pageferry.cli.output import console, print_json, to_dict
+from pageferry.cli.output import console, print_json, show, to_dict
 from pageferry.v1 import migration_pb2 as pb
 
 
@@ -44,10 +44,10 @@ async def _preflight(connection: Connection, guest: str, to: str, to_name: str) 
 def _print_checks(found: pb.PreflightResponse) -> None:
     out = console()
     out.print(f"pageferryd {found.release}", markup=False)
-    out.print(tables.checks(found.checks))
+    show(out, tables.checks(found.checks))
     if found.destination_checks:
         out.print("destination:")
-        out.print(tables.checks(found.destination_checks))
+        show(out, tables.checks(found.destination_checks))
 
 
 def register(
@@ -66,7 +66,7 @@ def register(
     if as_json:
         print_json(to_dict(found))
     else:
-        console().print(tables.guests([found]))
+        show(console(), tables.guests([found]))
 
 
 async def _register(connection: Connection, guest: str, vmm: str, driver: str) -> pb.Guest:

@@ -45,7 +45,7 @@ async def follow(looks: AsyncIterator[pb.Migration], out: Console) -> pb.Migrati
     async for look in looks:
         text = lines.line(look, time.monotonic())
         if text is not None:
-            out.print(text, markup=False)
+            out.print(text, markup=False, soft_wrap=True)
     return look
 
 

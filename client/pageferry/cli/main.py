@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -84,8 +83,6 @@ def connect(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, with the arguments of this process when None, and return its exit status."""
-    # gRPC's own remarks about connections would stand between what the command says.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character shows another, and the command goes on.
         if isinstance(stream, io.TextIOWrapper):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from rich.text import Text
@@ -77,12 +79,13 @@ def picture(memory_map: pb.MemoryMap, pages_total: int, *, colours: bool, width:
     """Return the map as lines of `width` characters, and a line that explains it; empty where there is no map."""
     shown = cells(memory_map, pages_total, width * ROWS)
     text = Text(no_wrap=True)
-    for number, cell in enumerate(shown):
-        if number and number % width == 0:
-            text.append("\n")
-        text.append(*glyph(cell, colours=colours))
-    if shown:
+    for at in range(0, len(shown), width):
+        glyphs = [glyph(cell, colours=colours) for cell in shown[at : at + width]]
+        # Neighbours of one style go out together: a terminal gets a frame several times a second.
+        for style, run in groupby(glyphs, key=itemgetter(1)):
+            text.append("".join(character for character, _ in run), style)
         text.append("\n")
+    if shown:
         text.append_text(_legend(colours=colours))
     return text
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pageferry.cli import live, options, tables
+from pageferry.cli import live, options, output, tables
 from pageferry.cli.options import Connection, FaultObjective, GuestId, Json, MigrationId, Push, PushRate, PushWindow
 from pageferry.cli.output import console, print_json, to_dict
 from pageferry.client import SidecarClient, ended
@@ -61,9 +61,9 @@ def list_all(
         print_json({"guests": list(map(to_dict, guests)), "migrations": list(map(to_dict, migrations))})
         return
     out = console()
-    out.print(tables.guests(guests))
+    output.show(out, tables.guests(guests))
     out.print()
-    out.print(tables.migrations(migrations))
+    output.show(out, tables.migrations(migrations))
 
 
 async def _list(connection: Connection, guest: str) -> tuple[list[pb.Guest], list[pb.Migration]]:
@@ -138,7 +138,7 @@ def limits(
     if as_json:
         print_json(to_dict(found.limits))
     else:
-        console().print(tables.limits(found.limits))
+        output.show(console(), tables.limits(found.limits))
 
 
 def _client(context: typer.Context) -> SidecarClient:
@@ -173,4 +173,4 @@ def _print(found: pb.Migration, as_json: bool) -> None:
         print_json(to_dict(found))
     else:
         out = console()
-        out.print(tables.migration(found, colours=not out.no_color))
+        output.show(out, tables.migration(found, colours=not out.no_color))

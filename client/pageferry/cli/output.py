@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing import TextIO
 
     from google.protobuf.message import Message
+    from rich.console import RenderableType
 
     from pageferry.errors import FerryError
 
@@ -34,8 +35,18 @@ def console(stream: TextIO | None = None) -> Console:
         # Lines of a file must not depend on the width of some terminal.
         width=None if terminal else _PLAIN_WIDTH,
         highlight=False,
-        soft_wrap=not terminal,
     )
+
+
+def show(out: Console, what: RenderableType) -> None:
+    """Print something; what is no terminal gets it without the blanks that fill tables up to their width."""
+    if out.is_terminal:
+        out.print(what)
+        return
+    with out.capture() as captured:
+        out.print(what)
+    for line in captured.get().splitlines():
+        out.out(line.rstrip(), highlight=False)
 
 
 def print_json(document: object) -> None:

@@ -67,7 +67,7 @@ def line(migration: pb.Migration) -> str:
     parts = [f"{state_name(migration.state)}:"]
     if has_begun(migration):
         parts.append(_amount(migration.progress))
-        parts.append(_traffic(migration.progress))
+        parts += [_traffic(migration.progress), _faults(migration.progress)]
         latency = total_latency(migration)
         if latency is not None:
             parts.append(f"fault p50 {duration_text(latency.p50_us)} p99 {duration_text(latency.p99_us)}")
@@ -89,7 +89,7 @@ def panel(migration: pb.Migration, *, colours: bool = True, width: int = 80) -> 
     rows: list[Text | Table] = [head, Text(meaning(migration.state), style="dim")]
     if has_begun(migration):
         rows.append(Text(_amount(migration.progress)))
-        rows.append(Text(_traffic(migration.progress)))
+        rows += [Text(_traffic(migration.progress)), Text(_faults(migration.progress))]
         map_width = max(16, min(memory_map.WIDTH, width - 2))
         picture = memory_map.picture(
             migration.memory_map, migration.progress.pages_total, colours=colours, width=map_width
@@ -133,6 +133,9 @@ def _amount(progress: pb.Progress) -> str:
 def _traffic(progress: pb.Progress) -> str:
     return (
         f"push {rate_text(progress.push_bytes_per_second)}, pages by demand {count_text(progress.demand_pages)} and by "
-        f"push {count_text(progress.push_pages)}, {count_text(progress.faults)} faults "
-        f"({count_text(progress.faults_waiting)} waiting)"
+        f"push {count_text(progress.push_pages)}"
     )
+
+
+def _faults(progress: pb.Progress) -> str:
+    return f"{count_text(progress.faults)} faults ({count_text(progress.faults_waiting)} waiting)"

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from pageferry.cli import memory_map, progress
 from pageferry.cli.units import bytes_text, count_text, duration_text, rate_text, share_text
+from pageferry.client import ended
 from pageferry.v1 import migration_pb2 as pb
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ def figures(found: pb.Migration) -> Table:
     if seen.pages_poisoned:
         table.add_row("  poisoned", count_text(seen.pages_poisoned), "unreadable at the source")
     table.add_row("faults", count_text(seen.faults), "accesses of the guest that had to wait for a page")
-    table.add_row("  waiting now", count_text(seen.faults_waiting))
+    if not ended(found):
+        table.add_row("  waiting now", count_text(seen.faults_waiting))
     table.add_row("neighbours fetched", count_text(seen.prefetch_issued), _prefetch(seen))
     table.add_row("came twice", count_text(seen.duplicate_pages), "by both lanes at once; the second is dropped")
     table.add_row("throughput", throughput(found), "bytes of both lanes over the time to the last page")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.padding import Padding
 from rich.text import Text
 
 from pageferry.cli import progress, tables
-from pageferry.cli.output import to_dict
+from pageferry.cli.output import show, to_dict
 from pageferry.v1 import migration_pb2 as pb
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from pageferry.demo.scene import Child
+
+
+_UNSAID: Final = frozenset({"timestamp", "logger", "host"})
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Narrator:
 
     def show(self, what: RenderableType) -> None:
         """Show a table or the like."""
-        self.out.print(Padding(what, (0, 0, 0, 3), expand=False))
+        show(self.out, Padding(what, (0, 0, 0, 3), expand=False))
 
     def figures(self, migration: pb.Migration) -> None:
         """Show the figures of the migration, and how long faults took."""
@@ -91,8 +95,8 @@ class Narrator:
         if progress.total_latency(migration) is not None:
             self.out.print()
             self.show(progress.latencies(migration))
-            self.line("read: until the sidecar saw the fault; queued: until it was asked for; fetched: until the page")
-            self.line("was here; installed: until the guest could go on.")
+            self.line("read: until the sidecar saw the fault; queued: until its page was asked for; fetched: until the")
+            self.line("page was here; installed: until the guest could go on. total: what the guest felt of it all.")
 
     def proof(self, proof: Proof) -> None:
         """Show one proof."""
@@ -115,4 +119,15 @@ class Narrator:
                 self.out.print()
                 self.out.print(Text(f"The last lines of {child.name}:", style="bold"))
                 for word in words:
-                    self.line(word)
+                    self.line(readable(word))
+
+
+def readable(line: str) -> str:
+    """Return a line of a sidecar's log as a person reads it, and any other line as it is."""
+    try:
+        fields = json.loads(line)
+        level, event = fields.pop("level"), fields.pop("event")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return line
+    rest = " ".join(f"{name}={value}" for name, value in fields.items() if name not in _UNSAID)
+    return f"{level}: {event} {rest}".rstrip()

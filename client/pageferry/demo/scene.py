@@ -89,8 +89,11 @@ class Child:
         stdin = self._process.stdin
         if stdin is None:
             raise RuntimeError(f"{self.name} was started without a stdin")
-        stdin.write(word.encode() + b"\n")
-        await stdin.drain()
+        try:
+            stdin.write(word.encode() + b"\n")
+            await stdin.drain()
+        except ConnectionError as error:
+            raise FerryError(self._gone, f"{self.name} ended before it could be told to {word}; see its log") from error
 
     async def exited(self, seconds: float) -> bool:
         """Wait for its end; tell whether it came in time."""
@@ -116,10 +119,11 @@ class Child:
             self._reader.cancel()
 
     def last_words(self, lines: int = 12) -> list[str]:
-        """Return the last lines of its log."""
+        """Return the last lines of its log, without those that a guest says several times a second."""
         if not self.log.exists():
             return []
-        return self.log.read_text(errors="replace").splitlines()[-lines:]
+        said = self.log.read_text(errors="replace").splitlines()
+        return [line for line in said if '"event": "progress"' not in line][-lines:]
 
 
 class Scene:

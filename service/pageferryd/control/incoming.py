@@ -50,6 +50,7 @@ class Incoming:
         self._task: asyncio.Task[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._giving_up: asyncio.Task[None] | None = None
+        self._no_commits: asyncio.Task[None] | None = None
         self._touched = False
         self._committed = False
         self._running = False
@@ -75,12 +76,15 @@ class Incoming:
                 late = FerryError(Reason.HANDOFF_TIMEOUT, f"the VMM of {self._guest.guest_id} was not ready in time")
                 await self._give_up(late)
                 raise late from error
+            except Exception as error:
+                await self._give_up(FerryError(Reason.INTERNAL, f"{type(error).__name__}: {error}"))
+                raise
             except asyncio.CancelledError:
                 await self._give_up(FerryError(Reason.ABORTED_BY_SOURCE, "the source took its call back"))
                 raise
             if self.record.state.final:
                 await self._clean_up()
-                raise self.record.error or FerryError(Reason.ABORTED_BY_SOURCE, "the source gave up")
+                self._refuse_ended()
             # The source may die before it commits: then the guest never ran here, and this end is given up.
             wait = self._limits.prepare_timeout + self._limits.handover_timeout
             self._deadline = self._loop.call_later(wait, self._no_commit)
@@ -104,6 +108,8 @@ class Incoming:
                 f"its VMM here {description.layout.page_count} in {len(description.layout.regions)}, or at other "
                 "addresses: start it with the same memory",
             )
+        # It may have been aborted meanwhile, and the guest be another migration's.
+        self._refuse_ended()
         record = self.record
         source = Source(
             record.migration_id, request.page_address, request.source_name, request.token, description.layout
@@ -119,6 +125,10 @@ class Incoming:
             session_options(request.limits, self._limits),
             self._paused,
         )
+
+    def _refuse_ended(self) -> None:
+        if self.record.state.final:
+            raise self.record.error or FerryError(Reason.ABORTED_BY_SOURCE, "the source gave up")
 
     async def hand_over(self, state: bytes) -> None:
         """Load the state of the guest, which stands still at the source: its memory is served from now on."""
@@ -136,7 +146,8 @@ class Incoming:
         async with self._turn:
             if not self._committed:
                 self._become_owner()
-            if not self._running:
+            # Where it failed since, it stays this host's: the report says so.
+            if not self._running and not record.state.final:
                 self._resumed_at = time.monotonic()
                 await self._guest.driver.resume()
                 self._running = True
@@ -251,20 +262,28 @@ class Incoming:
 
     def _no_commit(self) -> None:
         error = FerryError(Reason.HANDOFF_TIMEOUT, "the source prepared a migration here and never committed it")
-        self._giving_up = asyncio.create_task(self._give_up(error))
+        self._no_commits = asyncio.create_task(self._give_up(error))
 
     async def _give_up(self, error: FerryError) -> None:
         """End it before the guest ran here. A VMM that handed its memory over can serve no other migration: kill it."""
         record = self.record
-        if record.state.final or self._committed:
+        if self._committed:
             return
-        record.fail(error)
-        _log.warning("migration_given_up", migration=record.migration_id, reason=error.reason, detail=error.message)
-        if self._deadline is not None:
-            self._deadline.cancel()
-        if self._task is not None and self._task is not asyncio.current_task():
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        if not record.state.final:
+            record.fail(error)
+            _log.warning("migration_given_up", migration=record.migration_id, reason=error.reason, detail=error.message)
+            if self._deadline is not None:
+                self._deadline.cancel()
+            serving = self._task if self._task is not asyncio.current_task() else None
+            self._giving_up = asyncio.create_task(self._stop_and_clean_up(serving))
+        if self._giving_up is not None:
+            # Whoever asked may take the call back: what was begun is ended.
+            await asyncio.shield(self._giving_up)
+
+    async def _stop_and_clean_up(self, serving: asyncio.Task[None] | None) -> None:
+        if serving is not None:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
         await self._clean_up()
 
     async def _clean_up(self) -> None:
@@ -273,7 +292,11 @@ class Incoming:
         if self._arrival is not None:
             await self._arrival.abandon()
             self._forget_arrival()
-        self._guest.migration_id = None
+        self._let_guest_go()
+
+    def _let_guest_go(self) -> None:
+        if self._guest.migration_id == self.record.migration_id:
+            self._guest.migration_id = None
 
     async def _kill(self) -> None:
         try:

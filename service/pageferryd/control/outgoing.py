@@ -57,12 +57,13 @@ class Outgoing:
 
     async def cancel(self) -> None:
         """Take the migration back, and wait until the guest runs here again. FerryError(ALREADY_COMMITTED)."""
+        await self._begun()
         if self._committed or self.record.state.owned_by_destination:
             raise FerryError(
                 Reason.ALREADY_COMMITTED,
                 f"migration {self.record.migration_id}: the guest belongs to {self.record.destination_name} already",
             )
-        await self.stop()
+        await self._stop()
 
     async def reconnect(self) -> None:
         """Have the destination try its lanes again now."""
@@ -94,6 +95,14 @@ class Outgoing:
 
     async def stop(self) -> None:
         """Stop: before the commit take the guest back, after it let go of everything but the guest."""
+        await self._begun()
+        await self._stop()
+
+    async def _begun(self) -> None:
+        # A task that is cancelled before its first step would undo nothing.
+        await asyncio.sleep(0)
+
+    async def _stop(self) -> None:
         # An undo that is under way must not be interrupted.
         if not self._undoing:
             self._task.cancel()
@@ -296,8 +305,10 @@ class Outgoing:
         # The page service keeps what is left of it: a destination may have missed the answer to its Complete.
         if self.served is not None:
             self.served.close()
-        if self._destination is not None:
-            await self._destination.close()
+        # gRPC keeps a closed channel's connection for as long as anybody refers to the channel.
+        destination, self._destination = self._destination, None
+        if destination is not None:
+            await destination.close()
 
     def _peer(self) -> Destination:
         if self._destination is None:

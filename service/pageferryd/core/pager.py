@@ -229,10 +229,17 @@ class Pager:
             self.counts.push_bytes += size
 
     def wanted(self, run: Run) -> list[tuple[int, int]]:
-        """Return what of an arrived run is still to be installed, as (first, pages); the rest came twice."""
+        """Return what of an arrived run is still to be installed, as (first, pages); the rest came twice.
+
+        Where pages are backed by different sizes, each piece lies in one region.
+        """
         if run.pages == 1:
             return [] if run.first in self.map.settled else [(run.first, 1)]
-        return list(self.map.missing_runs(run.first, run.pages))
+        missing = self.map.missing_runs(run.first, run.pages)
+        if self.layout.uniform:
+            return list(missing)
+        starts = self.layout.starts
+        return [(starts[at] + first, pages) for piece in missing for at, first, pages in self.layout.pieces(*piece)]
 
     def duplicate(self, pages: int) -> None:
         """Pages that had arrived before, or were discarded meanwhile, were dropped."""

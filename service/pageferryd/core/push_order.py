@@ -99,7 +99,10 @@ class PushOrder:
             if run is None:
                 break
             self._under_way.add(*run)
-            runs.append(run)
+            if runs and sum(runs[-1]) == run[0]:
+                runs[-1] = (runs[-1][0], runs[-1][1] + run[1])
+            else:
+                runs.append(run)
             pages += run[1]
         if not runs:
             return None

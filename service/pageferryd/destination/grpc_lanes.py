@@ -105,6 +105,11 @@ class GrpcLanes:
             message = await stream.read()
         except grpc.RpcError as error:
             raise await self._loss(stream, error) from error
+        except asyncio.CancelledError:
+            # gRPC says so, too, when the stream was closed and not the task cancelled.
+            if _is_cancelled(asyncio.current_task()):
+                raise
+            raise FerryError(Reason.LANE_LOST, f"the lanes to {self._source.address} were closed") from None
         if isinstance(message, bytes):
             return message
         raise await self._loss(stream, None)
@@ -137,6 +142,10 @@ class GrpcLanes:
         fallback = Reason.SOURCE_UNREACHABLE if unavailable else Reason.LANE_LOST
         told = from_rpc(error, fallback)
         return FerryError(told.reason, f"source {self._source.name} at {self._source.address}: {told.message}")
+
+
+def _is_cancelled(task: asyncio.Task[Any] | None) -> bool:
+    return task is None or task.cancelling() > 0
 
 
 def _open_stream(channel: grpc.aio.Channel, method: str, metadata: _Metadata) -> _Stream:

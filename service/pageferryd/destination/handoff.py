@@ -116,7 +116,7 @@ async def _receive_table(connection: socket.socket, fds: list[int]) -> Any:
         received = recv_with_fds(connection, _CHUNK, _MAX_FDS)
         fds += received.fds
         data += received.data
-        if received.data and len(data) <= MAX_TABLE_BYTES:
+        if received.data and len(data) <= MAX_TABLE_BYTES and len(fds) <= _MAX_FDS:
             if data.rstrip().endswith(b"]"):
                 with contextlib.suppress(ValueError, RecursionError):
                     return json.loads(data)

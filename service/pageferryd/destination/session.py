@@ -21,7 +21,7 @@ from pageferryd.destination.intake import FaultIntake
 from pageferryd.destination.placer import Placer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from pageferryd.core.demand import FaultTimes
     from pageferryd.core.layout import Layout
@@ -34,8 +34,6 @@ _log = structlog.get_logger(__name__)
 
 _RETRY_FIRST = 0.0005
 _RETRY_LONGEST = 0.5
-FATAL = frozenset({Reason.VMM_GONE, Reason.USERFAULTFD_REFUSED, Reason.INTERNAL})
-"""What no new connection repairs. Everything else pauses the migration, and the lanes are opened again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +78,7 @@ class Session:
         self._finished: asyncio.Future[None] = self._loop.create_future()
         self._reconnect_now = asyncio.Event()
         self._push_started = False
-        self._retry_due = False
+        self._retry_due: asyncio.TimerHandle | None = None
         self._retry_after = _RETRY_FIRST
         self.pager = Pager(layout, options.pager, self._clock())
         self.arrivals = ArrivalMap(layout.page_count)
@@ -98,6 +96,7 @@ class Session:
         """Begin to push: the guest runs."""
         self._push_started = True
         self._push_work.set()
+        self._check_complete()
 
     def reconnect_now(self) -> None:
         """Try lost lanes again at once instead of after the backoff."""
@@ -111,7 +110,8 @@ class Session:
     async def run(self) -> None:
         """Serve until every page is installed and the source knows, through any number of losses.
 
-        FerryError with a reason of FATAL when the guest cannot be helped any more; its memory stays guarded then.
+        Whatever goes wrong on the lanes pauses the migration, and they are opened again. FerryError when something at
+        this host failed, which no new connection repairs; the guest's memory stays guarded then.
         """
         backoff = self._options.backoff_initial
         while True:
@@ -125,20 +125,24 @@ class Session:
                 return
             except FerryError as error:
                 await self._drop_lanes()
-                if self._has_failed or error.reason in FATAL:
-                    raise
+                self._raise_failure()
                 self._paused(error)
                 _log.warning("lanes_lost", reason=error.reason.value, detail=error.message, retry_in=round(backoff, 3))
             await self._wait_to_reconnect(backoff)
+            self._raise_failure()
             backoff = min(2 * backoff, self._options.backoff_max)
 
-    @property
-    def _has_failed(self) -> bool:
-        return self._finished.done() and self._finished.exception() is not None
+    def _raise_failure(self) -> None:
+        if self._finished.done():
+            self._finished.result()
 
     async def close(self) -> None:
         """Stop. What is missing stays missing, and whoever touches it waits."""
-        self._finished.cancel()
+        if not self._finished.cancel() and not self._finished.cancelled():
+            # Noted, so that asyncio does not report a failure that nobody waited for.
+            self._finished.exception()
+        if self._retry_due is not None:
+            self._retry_due.cancel()
         for door in self._doors:
             door.close()
         await self._drop_lanes()
@@ -200,7 +204,8 @@ class Session:
                 self.pager.demand_arrived(batch.runs, self._clock())
             except CoreError as error:
                 raise _misbehaviour(error) from error
-            self.placer.place(batch, Lane.DEMAND)
+            with self._failures():
+                self.placer.place(batch, Lane.DEMAND)
             self._demand_work.set()
             self._after_install()
 
@@ -229,8 +234,9 @@ class Session:
             except CoreError as error:
                 raise _misbehaviour(error) from error
             self._push_work.set()
-            for _ in self.placer.slices(batch, Lane.PUSH):
-                await asyncio.sleep(0)
+            with self._failures():
+                for _ in self.placer.slices(batch, Lane.PUSH):
+                    await asyncio.sleep(0)
             self._after_install()
 
     async def _watch(self, _lanes: Lanes) -> None:
@@ -262,9 +268,8 @@ class Session:
     def _after_install(self) -> None:
         if self.placer.behind:
             self._caught_up.clear()
-            if not self._retry_due:
-                self._retry_due = True
-                self._loop.call_later(self._retry_after, self._retry)
+            if self._retry_due is None:
+                self._retry_due = self._loop.call_later(self._retry_after, self._retry)
                 self._retry_after = min(2 * self._retry_after, _RETRY_LONGEST)
         else:
             self._retry_after = _RETRY_FIRST
@@ -272,16 +277,24 @@ class Session:
             self._check_complete()
 
     def _retry(self) -> None:
-        self._retry_due = False
-        try:
+        self._retry_due = None
+        with contextlib.suppress(FerryError, CoreError, OSError), self._failures():
             self.placer.retry()
             self._after_install()
-        except (FerryError, CoreError, OSError) as error:
-            self.fail(error)
 
     def _check_complete(self) -> None:
-        if self.pager.complete and not self.placer.behind and not self._finished.done():
+        # A guest that has not begun to run may still go back.
+        if self._push_started and self.pager.complete and not self.placer.behind and not self._finished.done():
             self._finished.set_result(None)
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Tell what fails at this host from what lanes bring, which may bear the same reasons."""
+        try:
+            yield
+        except (FerryError, CoreError, OSError) as error:
+            self.fail(error)
+            raise
 
     def fail(self, error: Exception) -> None:
         """Something at this host went wrong that no new connection repairs."""

@@ -139,8 +139,8 @@ async def _push(served: Served, request: Request, context: _Context) -> None:
             first = answer.collect(served.readable(), first, stop - first)
             if answer.full:
                 await context.write(answer.take(served))
-                # Writing does not wait while there is room: let the demand lane have its turn.
-                await asyncio.sleep(0)
+            # Writing does not wait while there is room, nor do pages of zeroes: let the demand lane have its turn.
+            await asyncio.sleep(0)
     await context.write(answer.take(served, last=True))
 
 

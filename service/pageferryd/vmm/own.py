@@ -41,7 +41,8 @@ class VmmServiceDriver:
 
     async def describe(self) -> Description:
         """Ask for layout, locations and state; the process id is the listener's, as the kernel knows it."""
-        self._pid = listener_pid(self._path, _QUICK_SECONDS)
+        # A VMM that does not accept would hold up the loop.
+        self._pid = await asyncio.to_thread(listener_pid, self._path, _QUICK_SECONDS)
         answer = await self._call(self._stub.DescribeMemory, vmm_pb2.DescribeMemoryRequest())
         activity = _ACTIVITIES.get(answer.state)
         if activity is None:

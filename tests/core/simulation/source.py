@@ -58,7 +58,8 @@ class Source:
         self._check(runs)
         if sum(pages for _, pages in runs) > MAX_FETCH_PAGES:
             raise Violation(f"a demand request for too many pages: {runs}")
-        return self._message([page for first, pages in runs for page in range(first, first + pages)])
+        asked = [page for first, pages in runs for page in range(first, first + pages)]
+        return self._message(asked, {first for first, _ in runs})
 
     def push(self, runs: tuple[tuple[int, int], ...], credit: int) -> Iterator[Message]:
         """Answer a push request until its credit is spent, in messages of a few pages."""
@@ -66,11 +67,12 @@ class Source:
         if len(runs) > MAX_PUSH_RUNS or not PAGE_SIZE <= credit <= MAX_CREDIT or credit % PAGE_SIZE:
             raise Violation(f"a push request of {len(runs)} runs and {credit} bytes")
         pages = self._within_credit(runs, credit // PAGE_SIZE)
+        starts = {first for first, _ in runs}
         size = self._rng.choice((1, 4, 16, 64))
         cuts = list(range(0, len(pages), size))
         ends_alone = self._rng.random() < 0.2
         for at in cuts:
-            yield self._message(pages[at : at + size], last=at == cuts[-1] and not ends_alone)
+            yield self._message(pages[at : at + size], starts, last=at == cuts[-1] and not ends_alone)
         if ends_alone:
             yield Message([], [], last=True)
 
@@ -86,13 +88,11 @@ class Source:
         return pages
 
     def _check(self, runs: tuple[tuple[int, int], ...]) -> None:
-        if self.released:
-            raise Violation("pages were asked for after the source had let them go")
         for first, pages in runs:
             self._layout.check(first, pages)
 
-    def _message(self, pages: list[int], *, last: bool = False) -> Message:
-        """Group pages into runs of one kind; now and then a run is cut further, as the protocol allows."""
+    def _message(self, pages: list[int], starts: set[int], *, last: bool = False) -> Message:
+        """Group pages into runs of one kind, none across what was asked for as two; now and then one is cut further."""
         runs: list[Run] = []
         contents: list[Content] = []
         kinds, split = self.kinds, self._rng.random() < 0.2
@@ -101,11 +101,15 @@ class Source:
             if kind == RAW:
                 contents.append(page + 1)
             before = runs[-1] if runs else None
-            joins = before is not None and before.first + before.pages == page and before.kind == kind
-            if joins and before is not None and not (split and self._rng.random() < 0.3):
-                runs[-1] = Run(before.first, before.pages + 1, kind)
-            else:
+            if (
+                before is None
+                or (before.first + before.pages, before.kind) != (page, kind)
+                or page in starts
+                or (split and self._rng.random() < 0.3)
+            ):
                 runs.append(Run(page, 1, kind))
+            else:
+                runs[-1] = Run(before.first, before.pages + 1, kind)
         return Message(runs, contents, last)
 
     def complete(self, pages: int) -> None:

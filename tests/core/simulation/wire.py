@@ -66,9 +66,13 @@ class Wire:
         self._send(Lane.DEMAND, True, self._at_source_complete, pages)
 
     def _at_source_fetch(self, runs: tuple[tuple[int, int], ...]) -> None:
-        self._send(Lane.DEMAND, False, self._at_destination, Lane.DEMAND, self._source.fetch(runs))
+        # What was asked for by the way is of no use to anyone after Complete.
+        if not self._source.released:
+            self._send(Lane.DEMAND, False, self._at_destination, Lane.DEMAND, self._source.fetch(runs))
 
     def _at_source_push(self, runs: tuple[tuple[int, int], ...], credit: int) -> None:
+        if self._source.released:
+            return
         for message in self._source.push(runs, credit):
             self._send(Lane.PUSH, False, self._at_destination, Lane.PUSH, message)
 

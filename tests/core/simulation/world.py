@@ -18,7 +18,7 @@ from .source import Source
 from .watch import Watch
 from .wire import Wire
 
-LONGEST = 120.0
+LONGEST = 900.0
 GRANULE = 64 << 10
 
 
@@ -60,7 +60,7 @@ class World:
         self.pager = pager(self.layout, self._options(), self.clock.now)
         self.watch = Watch(self.pager)
         self.shell = shell(rng, self.clock, self.pager, self.kernel, self.wire, self.watch)
-        steps = rng.choice((5, 20, 40)) * (10 if large else 1)
+        steps = rng.choice((5, 30, 80)) * (10 if large else 1)
         self.guest = Guest(
             rng, self.clock, self.kernel, self.layout, rng.choice((1, 2, 4)), steps, rng.choice((0, 0.05, 0.2))
         )
