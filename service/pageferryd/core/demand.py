@@ -69,6 +69,11 @@ class DemandQueue:
         return len(self._waiters)
 
     @property
+    def unsent(self) -> bool:
+        """Whether a page is waited for that was not requested yet."""
+        return bool(self._unsent)
+
+    @property
     def under_way(self) -> int:
         """How many requests are unanswered."""
         return len(self._under_way)

@@ -7,6 +7,7 @@ percentile is at most 3.2 % away from the true one.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
@@ -73,22 +74,24 @@ class LatencyRecorder:
         """Return the duration, in seconds, that `fraction` (0 to 1) of all do not exceed; 0 when there are none."""
         if not 0.0 <= fraction <= 1.0:
             raise ValueError(f"a fraction is from 0 to 1, not {fraction}")
-        below = list(accumulate(self._buckets))
-        rank = max(1, math.ceil(fraction * below[-1]))
-        for index, count in enumerate(below):
-            if count >= rank:
-                return min(_middle(index), self.max)
-        return 0.0
+        return self._percentile(list(accumulate(self._buckets)), fraction)
+
+    def _percentile(self, below: list[int], fraction: float) -> float:
+        if not below[-1]:
+            return 0.0
+        index = bisect_left(below, max(1, math.ceil(fraction * below[-1])))
+        return min(_middle(index), self.max)
 
     def summary(self) -> LatencySummary:
         """Return count, mean, percentiles and maximum."""
-        count = self.count
+        below = list(accumulate(self._buckets))
+        count = below[-1]
         return LatencySummary(
             count=count,
             mean=self.sum / count if count else 0.0,
-            p50=self.percentile(0.5),
-            p90=self.percentile(0.9),
-            p99=self.percentile(0.99),
+            p50=self._percentile(below, 0.5),
+            p90=self._percentile(below, 0.9),
+            p99=self._percentile(below, 0.99),
             max=self.max,
         )
 

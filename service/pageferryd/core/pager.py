@@ -113,6 +113,11 @@ class Pager:
         return self._demand.waiting
 
     @property
+    def demand_due(self) -> bool:
+        """Whether `next_fetch` may have a request."""
+        return (self._demand.unsent or bool(self._granules or self._prefetch)) and self._demand.has_room
+
+    @property
     def demand_under_way(self) -> int:
         """How many requests on the demand lane are unanswered."""
         return self._demand.under_way
@@ -172,7 +177,7 @@ class Pager:
     def demand_arrived(self, runs: list[Run], now: float) -> list[Run]:
         """An answer came on the demand lane; return it, or raise UnrequestedPagesError."""
         self._demand.answered(runs, now)
-        self._count(runs, Lane.DEMAND)
+        self.counts.demand_bytes += _raw_bytes(runs)
         return runs
 
     def push_arrived(self, runs: list[Run], now: float, *, last: bool) -> list[Run]:
@@ -181,14 +186,14 @@ class Pager:
             raise UnrequestedPagesError("pages came on the push lane that nobody asked for")
         for run in runs:
             self._expect_push(run)
-        used = sum(run.pages for run in runs if run.kind == RAW) * PAGE_SIZE
+        used = _raw_bytes(runs)
         self._push_used += used
         request = self._pushes[0]
         if self._push_used > request.credit:
             raise UnrequestedPagesError(f"the push lane sent {self._push_used} bytes for {request.credit} granted")
         if runs or last:
             self._push_heard = now
-        self._count(runs, Lane.PUSH)
+        self.counts.push_bytes += used
         self.pacer.arrived(used, self._demand.waiting)
         if last:
             self._finish_push(request)
@@ -220,13 +225,6 @@ class Pager:
         self._push_used = 0
         self._run_left = (0, 0)
         self._expected = iter(self._pushes[0].runs if self._pushes else ())
-
-    def _count(self, runs: list[Run], lane: Lane) -> None:
-        size = sum(run.pages for run in runs if run.kind == RAW) * PAGE_SIZE
-        if lane is Lane.DEMAND:
-            self.counts.demand_bytes += size
-        else:
-            self.counts.push_bytes += size
 
     def wanted(self, run: Run) -> list[tuple[int, int]]:
         """Return what of an arrived run is still to be installed, as (first, pages); the rest came twice.
@@ -364,6 +362,14 @@ class Pager:
             since = self._demand.owed_since
             return None if since is None else since + self.options.silence
         return self._push_heard + self.options.silence if self._pushes else None
+
+
+def _raw_bytes(runs: list[Run]) -> int:
+    pages = 0
+    for run in runs:
+        if run.kind == RAW:
+            pages += run.pages
+    return pages * PAGE_SIZE
 
 
 def _cut(first: int, stop: int, page: int) -> list[tuple[int, int]]:

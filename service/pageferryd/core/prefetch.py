@@ -71,8 +71,9 @@ class FaultAround:
 
     def _expect(self, page: int, window: int) -> None:
         self._streams[page] = window
-        # What an older stream that met this one had left unproved stays so.
-        self._unproved.pop(page, None)
+        if page in self._unproved:
+            # What an older stream that met this one had left unproved stays so.
+            del self._unproved[page]
         if len(self._streams) > self._max_streams:
             forgotten, _ = self._streams.popitem(last=False)
             self._unproved.pop(forgotten, None)

@@ -51,6 +51,10 @@ def encode_request(runs: Sequence[tuple[int, int]], credit: int = 0) -> bytes:
 
 def decode_fetch(message: bytes) -> Request:
     """Read a request of the demand lane. Raises MalformedPagesError."""
+    if len(message) == _ONE_PAGE.size:
+        before, first, between, pages = _ONE_PAGE.unpack(message)
+        if (before, between) == _ONE_FETCH and pages <= MAX_FETCH_PAGES:
+            return Request([(first, pages)], 0)
     request = _decode(message, MAX_FETCH_PAGES)
     pages = sum(pages for _, pages in request.runs)
     if pages > MAX_FETCH_PAGES:

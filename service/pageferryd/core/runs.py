@@ -49,6 +49,14 @@ class Batch(NamedTuple):
     last: bool
 
 
+# A single raw page, as nearly every answer on the demand lane is: all of its head but the page number is constant.
+_BEFORE_FIRST = b"\x0a\x08"
+_AFTER_FIRST = b"\x12\x04" + struct.pack("<I", 1) + b"\x1a\x01" + bytes((RAW,)) + b"\x22\x80\x20"
+_PAGE_FIRST = struct.Struct(f"<2sQ{len(_AFTER_FIRST)}s")
+_PAGE_HEAD_SIZE = _PAGE_FIRST.size
+_PAGE_MESSAGE = _PAGE_HEAD_SIZE + PAGE_SIZE
+
+
 def varint(value: int) -> bytes:
     """Return a number as protobuf's base-128 varint."""
     if value < 0x80:
@@ -64,6 +72,8 @@ def varint(value: int) -> bytes:
 def encode(runs: Sequence[Run], data: Sequence[bytes | memoryview], *, last: bool = False) -> bytes:
     """Return the message; `data` are the bytes of the raw runs in order, in any number of parts."""
     count = len(runs)
+    if count == len(data) == 1 and runs[0][1:] == (1, RAW) and not last:
+        return b"".join((_PAGE_FIRST.pack(_BEFORE_FIRST, runs[0].first, _AFTER_FIRST), data[0]))
     size = sum(map(len, data))
     parts: list[bytes | memoryview] = []
     if count:
@@ -123,6 +133,10 @@ def _fields(message: bytes) -> dict[int, tuple[int, int]]:
 
 def decode(message: bytes) -> Batch:
     """Read a message; raise MalformedPagesError where its columns or its bytes do not agree."""
+    if len(message) == _PAGE_MESSAGE:
+        before, first, after = _PAGE_FIRST.unpack_from(message)
+        if before == _BEFORE_FIRST and after == _AFTER_FIRST:
+            return Batch([Run(first, 1, RAW)], message, _PAGE_HEAD_SIZE, last=False)
     try:
         fields = _fields(message)
     except IndexError:

@@ -79,6 +79,11 @@ class Placer:
 
     def place(self, batch: Batch, lane: Lane) -> None:
         """Place a small batch at once."""
+        if len(batch.runs) == 1:
+            self._place(_Piece(batch.runs[0], batch.message, batch.offset, lane))
+            if self._backlog:
+                self.retry()
+            return
         for _ in self.slices(batch, lane):
             pass
 

@@ -78,6 +78,7 @@ class Session:
         self._finished: asyncio.Future[None] = self._loop.create_future()
         self._reconnect_now = asyncio.Event()
         self._push_started = False
+        self._push_held = False
         self._retry_due: asyncio.TimerHandle | None = None
         self._retry_after = _RETRY_FIRST
         self.pager = Pager(layout, options.pager, self._clock())
@@ -204,9 +205,13 @@ class Session:
                 self.pager.demand_arrived(batch.runs, self._clock())
             except CoreError as error:
                 raise _misbehaviour(error) from error
-            with self._failures():
+            try:
                 self.placer.place(batch, Lane.DEMAND)
-            self._demand_work.set()
+            except (FerryError, CoreError, OSError) as error:
+                self.fail(error)
+                raise
+            if self.pager.demand_due:
+                self._demand_work.set()
             self._after_install()
 
     # The push lane
@@ -220,9 +225,11 @@ class Session:
                 await lanes.push(request.runs, request.credit)
                 continue
             held_until = self.pager.pacer.wake_at(self.pager.faults_waiting, now) if self._push_started else None
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(None if held_until is None else max(held_until - now, 0.0)):
-                    await self._push_work.wait()
+            self._push_held = held_until is not None
+            timer = self._loop.call_later(held_until - now, self._push_work.set) if held_until is not None else None
+            await self._push_work.wait()
+            if timer is not None:
+                timer.cancel()
 
     async def _take_push(self, lanes: Lanes) -> None:
         while True:
@@ -257,13 +264,15 @@ class Session:
             door.drain()
 
     def _after_faults(self) -> None:
-        self._demand_work.set()
+        if self.pager.demand_due:
+            self._demand_work.set()
         self._after_install()
 
     def _faults_ended(self, ended: list[FaultTimes]) -> None:
         for times in ended:
             self.latencies.observe(times.read, times.queued, times.fetched, times.installed, times.total)
-        self._push_work.set()
+        if self._push_held:
+            self._push_work.set()
 
     def _after_install(self) -> None:
         if self.placer.behind:
