@@ -43,7 +43,7 @@ def test_pieces_cover_a_run_in_order_and_stay_inside_their_regions(layout: Layou
     count = data.draw(st.integers(1, layout.page_count - first))
     covered = []
     for piece in layout.pieces(first, count):
-        assert 0 <= piece.first
+        assert piece.first >= 0
         assert 0 < piece.pages <= layout.regions[piece.region].size // PAGE_SIZE - piece.first
         start = layout.starts[piece.region] + piece.first
         covered += range(start, start + piece.pages)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pageferryd.core.pacing import MIN_WINDOW, Pacer, PacingOptions
+from pageferryd.core.pacing import GROWTH, MIN_WINDOW, Pacer, PacingOptions
 
 KIB = 1024
 OPTIONS = st.builds(
@@ -93,7 +93,9 @@ def test_a_fault_halves_the_window_and_quiet_lets_it_grow_back() -> None:
     assert pacer.window == PacingOptions().max_window // 2
     pacer.arrived(256 * KIB, waiting=1)
     assert pacer.window == PacingOptions().max_window // 2
-    for _ in range(10):
+    pacer.arrived(256 * KIB, waiting=0)
+    assert pacer.window == PacingOptions().max_window // 2 + GROWTH
+    for _ in range(PacingOptions().max_window // 2 // GROWTH):
         pacer.arrived(256 * KIB, waiting=0)
     assert pacer.window == PacingOptions().max_window
 

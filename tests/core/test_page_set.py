@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -61,7 +62,7 @@ class AgainstASet(RuleBasedStateMachine):
             set(range(first, stop)) - set(members)
         )
         # Runs are as long as can be.
-        assert all(before[0] + before[1] < after[0] for before, after in zip(runs, runs[1:], strict=False))
+        assert all(before[0] + before[1] < after[0] for before, after in pairwise(runs))
 
     @invariant()
     def same_members(self) -> None:

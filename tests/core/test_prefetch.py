@@ -90,7 +90,9 @@ def test_only_pages_that_were_asked_for_count_as_used() -> None:
 @given(
     st.integers(1, 64),
     st.integers(1, 4),
-    st.lists(st.tuples(st.sampled_from(["touch", "early", "next"]), st.integers(0, 60), st.integers(0, 70)), max_size=60),
+    st.lists(
+        st.tuples(st.sampled_from(["touch", "early", "next"]), st.integers(0, 60), st.integers(0, 70)), max_size=60
+    ),
 )
 def test_windows_and_streams_are_bounded_and_nothing_is_used_that_was_not_issued(
     most: int, streams: int, steps: list[tuple[str, int, int]]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-DEADLINE = 5.0
+DEADLINE = 3.0
 
 Event = dict[str, Any]
 

@@ -24,7 +24,7 @@ async def stage(short_path: Path) -> AsyncIterator[Stage]:
     async with AsyncExitStack() as stack:
         made = Stage(short_path, stack)
         yield made
-        await made.forget_guests()
+        await made.leave()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -58,7 +59,9 @@ class Crossing:
     migration_id: str = ""
 
     async def start(self, request_id: str = "", address: str = "", **keywords: Any) -> pb.Migration:
-        limits = pb.Limits(**{key: keywords.pop(key) for key in list(keywords) if key in pb.Limits.DESCRIPTOR.fields_by_name})
+        """Start it; keywords may be limits too."""
+        given = [key for key in keywords if key in pb.Limits.DESCRIPTOR.fields_by_name]
+        limits = pb.Limits(**{key: keywords.pop(key) for key in given})
         if self.destination.tls is not None:
             keywords.setdefault("destination_name", self.destination.name)
         migration = await self.at_source.start_migration(
@@ -187,11 +190,16 @@ class Stage:
             await self.register(clients[1], guest_id, waiting)
         return Crossing(guest_id, source, destination, *clients, running, waiting)
 
-    async def forget_guests(self) -> None:
-        """Have guests forgotten by sidecars that outlive the test, as far as they still know them."""
-        for client, guest_id in self._registered:
+    async def leave(self) -> None:
+        """Have guests forgotten by sidecars that outlive the test, as far as they still know them; end the rest."""
+        registered, self._registered = self._registered, []
+        for client, guest_id in registered:
             try:
                 await client.unregister_guest(guest_id)
             except FerryError as error:
                 if error.reason not in (Reason.UNKNOWN_GUEST, Reason.SIDECAR_UNREACHABLE, Reason.GUEST_BUSY):
                     raise
+        self._clients.clear()
+        await self.stack.aclose()
+        # Caught errors keep the frames of their calls, and those a closed channel, whose connection gRPC then keeps.
+        gc.collect()

@@ -74,7 +74,8 @@ class Destination:
         """Follow the migration as the destination sees it; ends when the stream does, which says nothing by itself."""
         call = self._stub.Report(incoming_pb2.ReportRequest(migration_id=self._migration_id))
         try:
-            async for response in call:
+            # Not `async for`: left early, its iterator and the call keep each other, and the connection, alive.
+            while (response := await call.read()) is not grpc.aio.EOF:
                 yield response.migration
         except grpc.aio.AioRpcError as error:
             raise self._explain(error) from error

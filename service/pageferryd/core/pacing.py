@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pageferryd.core.layout import PAGE_SIZE
 
 MIN_WINDOW = 64 << 10
+GROWTH = 16 << 10
+"""Most bytes that the window grows by with one message: a guest that faults every other moment keeps it small."""
 
 
 @dataclass(slots=True)
@@ -73,7 +75,7 @@ class Pacer:
     def arrived(self, size: int, waiting: int) -> None:
         """Bytes of push came in; grow when no fault waits."""
         if not waiting:
-            self.window = min(self.options.max_window, self.window + max(size // 2, 16 << 10))
+            self.window = min(self.options.max_window, self.window + min(size // 4, GROWTH))
 
     def credit(self, under_way: int, waiting: int, now: float) -> int:
         """Return the bytes that the next push request may grant, or 0 to wait."""

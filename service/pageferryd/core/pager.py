@@ -12,13 +12,13 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from pageferryd.core.demand import DemandQueue, FaultTimes
-from pageferryd.core.errors import UnrequestedPagesError
 from pageferryd.core.layout import PAGE_SIZE
 from pageferryd.core.pacing import Pacer, PacingOptions
 from pageferryd.core.page_map import PageMap, PageState
 from pageferryd.core.prefetch import FaultAround
 from pageferryd.core.push_order import PushOrder, PushRequest
-from pageferryd.core.runs import RAW, Run
+from pageferryd.core.push_window import PushWindow
+from pageferryd.core.runs import RAW, Run, raw_pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,11 +92,7 @@ class Pager:
         self.around = FaultAround(max_window=min(options.fault_around, MAX_PAGES_A_FETCH))
         self._demand = DemandQueue(options.demand_window, options.demand_batch)
         self._order = PushOrder(layout, self.map.settled)
-        self._pushes: deque[PushRequest] = deque()
-        self._expected: Iterator[tuple[int, int]] = iter(())
-        self._run_left = (0, 0)
-        self._push_used = 0
-        self._push_heard = now
+        self._push = PushWindow()
         # A piece that is dropped here only loses a prefetch.
         self._prefetch: deque[tuple[int, int]] = deque(maxlen=64)
         # The rest of pages that can only be installed whole; bounded by the faults that wait.
@@ -125,7 +121,7 @@ class Pager:
     @property
     def push_under_way(self) -> int:
         """Bytes granted on the push lane and not used up yet."""
-        return sum(request.credit for request in self._pushes) - self._push_used
+        return self._push.under_way
 
     def state(self, page: int) -> PageState:
         """Return where the page stands."""
@@ -177,54 +173,18 @@ class Pager:
     def demand_arrived(self, runs: list[Run], now: float) -> list[Run]:
         """An answer came on the demand lane; return it, or raise UnrequestedPagesError."""
         self._demand.answered(runs, now)
-        self.counts.demand_bytes += _raw_bytes(runs)
+        self.counts.demand_bytes += raw_pages(runs) * PAGE_SIZE
         return runs
 
     def push_arrived(self, runs: list[Run], now: float, *, last: bool) -> list[Run]:
         """Pages came on the push lane; return them, or raise UnrequestedPagesError."""
-        if not self._pushes:
-            raise UnrequestedPagesError("pages came on the push lane that nobody asked for")
-        for run in runs:
-            self._expect_push(run)
-        used = _raw_bytes(runs)
-        self._push_used += used
-        request = self._pushes[0]
-        if self._push_used > request.credit:
-            raise UnrequestedPagesError(f"the push lane sent {self._push_used} bytes for {request.credit} granted")
-        if runs or last:
-            self._push_heard = now
+        used, answered = self._push.arrived(runs, now, last=last)
         self.counts.push_bytes += used
         self.pacer.arrived(used, self._demand.waiting)
-        if last:
-            self._finish_push(request)
+        if answered is not None:
+            self._order.answered(*answered)
+            self.pacer.unspent(answered.request.credit - answered.used)
         return runs
-
-    def _expect_push(self, run: Run) -> None:
-        """Check that the run is the next of what was asked for."""
-        first, left = self._run_left
-        if not left:
-            first, left = next(self._expected, (0, 0))
-        if run.first != first or run.pages > left:
-            raise UnrequestedPagesError(
-                f"pages {run.first} to {run.first + run.pages} came on the push lane where page {first} was next"
-            )
-        self._run_left = (first + run.pages, left - run.pages)
-
-    def _finish_push(self, request: PushRequest) -> None:
-        rest = [self._run_left] if self._run_left[1] else []
-        rest += self._expected
-        if rest == list(request.runs):
-            raise UnrequestedPagesError("a push request was ended unanswered")
-        self._pushes.popleft()
-        self._order.answered(request, self._push_used, rest)
-        self.pacer.unspent(request.credit - self._push_used)
-        self._begin_push()
-
-    def _begin_push(self) -> None:
-        """The oldest request is what the push lane answers next."""
-        self._push_used = 0
-        self._run_left = (0, 0)
-        self._expected = iter(self._pushes[0].runs if self._pushes else ())
 
     def wanted(self, run: Run) -> list[tuple[int, int]]:
         """Return what of an arrived run is still to be installed, as (first, pages); the rest came twice.
@@ -275,9 +235,8 @@ class Pager:
             for page in self._demand.pages_waiting():
                 self._ask_for_granule(page)
         else:
-            self._pushes.clear()
+            self._push.lost()
             self._order.lost()
-            self._begin_push()
 
     def _ask_for_granule(self, page: int) -> bool:
         """Queue all of a page that is installed whole; return False for one that is not."""
@@ -325,20 +284,16 @@ class Pager:
 
     def next_push(self, now: float) -> PushRequest | None:
         """Return the next push request, or None when all is under way, the window is full, or push is held back."""
-        if len(self._pushes) >= self.options.push_requests:
+        if len(self._push) >= self.options.push_requests:
             return None
-        credit = self.pacer.credit(self.push_under_way, self._demand.waiting, now)
+        credit = self.pacer.credit(self._push.under_way, self._demand.waiting, now)
         if not credit:
             return None
         request = self._order.next(credit, now)
         if request is None:
             return None
         self.pacer.granted(request.credit)
-        if not self._pushes:
-            self._push_heard = now
-        self._pushes.append(request)
-        if len(self._pushes) == 1:
-            self._begin_push()
+        self._push.sent(request, now)
         return request
 
     def next_timer(self, now: float) -> float | None:
@@ -358,18 +313,8 @@ class Pager:
         return None
 
     def _silent_at(self, lane: Lane) -> float | None:
-        if lane is Lane.DEMAND:
-            since = self._demand.owed_since
-            return None if since is None else since + self.options.silence
-        return self._push_heard + self.options.silence if self._pushes else None
-
-
-def _raw_bytes(runs: list[Run]) -> int:
-    pages = 0
-    for run in runs:
-        if run.kind == RAW:
-            pages += run.pages
-    return pages * PAGE_SIZE
+        since = self._demand.owed_since if lane is Lane.DEMAND else self._push.owed_since
+        return None if since is None else since + self.options.silence
 
 
 def _cut(first: int, stop: int, page: int) -> list[tuple[int, int]]:

@@ -57,6 +57,15 @@ _PAGE_HEAD_SIZE = _PAGE_FIRST.size
 _PAGE_MESSAGE = _PAGE_HEAD_SIZE + PAGE_SIZE
 
 
+def raw_pages(runs: Sequence[Run]) -> int:
+    """Return how many pages of the runs are raw."""
+    pages = 0
+    for run in runs:
+        if run.kind == RAW:
+            pages += run.pages
+    return pages
+
+
 def varint(value: int) -> bytes:
     """Return a number as protobuf's base-128 varint."""
     if value < 0x80:

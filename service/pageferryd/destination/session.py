@@ -251,7 +251,8 @@ class Session:
         while True:
             await asyncio.sleep(self._options.pager.silence / 4)
             lane = self.pager.silent_lane(self._clock())
-            if lane is not None:
+            # A push lane that this end does not read while it is behind says nothing of the source.
+            if lane is not None and not (lane is Lane.PUSH and self.placer.behind):
                 raise FerryError(
                     Reason.LANE_SILENT,
                     f"the source has not answered on the {lane.value} lane for {self._options.pager.silence:g} s",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pageferryd.source.served import Served
 
 SERVICE = "pageferry.v1.PageService"
-PUSH_MESSAGE_BYTES = 64 << 10
+PUSH_MESSAGE_BYTES = 256 << 10
 """Most bytes of pages in one message of the push lane: what a fault's answer may have to wait behind."""
 _FULL_RUNS = MAX_RUNS // 2
 

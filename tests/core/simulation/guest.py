@@ -16,7 +16,14 @@ PATTERNS = ("random", "sequential", "backward", "local", "same")
 
 class Guest:
     def __init__(
-        self, rng: random.Random, clock: Clock, kernel: Kernel, layout: Layout, threads: int, steps: int, discards: float
+        self,
+        rng: random.Random,
+        clock: Clock,
+        kernel: Kernel,
+        layout: Layout,
+        threads: int,
+        steps: int,
+        discards: float,
     ) -> None:
         self.rng = rng
         self.clock = clock

@@ -1,4 +1,4 @@
-"""The shell around the pager, as a session is one: it reads the kernel, speaks on the wire, installs, and reconnects."""
+"""The shell around the pager, as a session is one: it reads the kernel, asks, installs, and reconnects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class Piece(NamedTuple):
 
 
 class Shell:
-    def __init__(self, rng: random.Random, clock: Clock, pager: Pager, kernel: Kernel, wire: Wire, watch: Watch) -> None:
+    def __init__(
+        self, rng: random.Random, clock: Clock, pager: Pager, kernel: Kernel, wire: Wire, watch: Watch
+    ) -> None:
         self._rng = rng
         self.clock = clock
         self.pager = pager

@@ -13,7 +13,7 @@ from pageferryd.core.runs import POISONED, RAW, ZERO, Run
 from .clock import Violation
 
 Content = int
-"""What a page holds: 0 is zeroes, a positive number is the source's page of that number plus one, or what a guest wrote."""
+"""What a page holds: 0 is zeroes, else the page's number at the source plus one, or a number that the guest wrote."""
 ZEROES: Content = 0
 POISON: Content = -1
 

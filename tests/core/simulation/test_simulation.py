@@ -31,6 +31,11 @@ def run_seeds(seeds: range, *, large: bool = False) -> list[Result]:
     return results
 
 
+def run_some(**broken: type[Shell | Pager]) -> None:
+    for seed in range(100):
+        World(seed, **broken).run()
+
+
 @pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
 def test_every_migration_ends_with_each_page_right(first: int) -> None:
     results = run_seeds(range(first, first + BLOCK))
@@ -158,12 +163,10 @@ class MixesUpPages(Pager):
 )
 def test_a_broken_shell_is_found(shell: type[Shell]) -> None:
     with pytest.raises((Violation, CoreError)):
-        for seed in range(100):
-            World(seed, shell=shell).run()
+        run_some(shell=shell)
 
 
 @pytest.mark.parametrize("pager", [AsksTwice, OverrunsTheWindow, LosesAFault, MixesUpPages])
 def test_a_broken_pager_is_found(pager: type[Pager]) -> None:
     with pytest.raises((Violation, CoreError)):
-        for seed in range(100):
-            World(seed, pager=pager).run()
+        run_some(pager=pager)

@@ -1,0 +1,149 @@
+"""A process guest that misbehaves in one way, at one moment: a process of its own, run by path."""
+
+from __future__ import annotations
+
+import argparse
+import array
+import asyncio
+import json
+import os
+import socket
+from pathlib import Path
+
+from pageferry.errors import FerryError, Reason
+from pageferry.guests.control import run_control
+from pageferry.guests.process.guest import ProcessGuest
+from pageferry.guests.process.plan import Order, Plan
+from pageferry.vmm import GuestMemory, VmmServer
+from pageferry.vmm.regions import MemoryDescription, Region
+
+MIB = 1 << 20
+FOREVER = 3600.0
+
+
+class HostileVmm(ProcessGuest):
+    """Does what `behave` names; otherwise it is a good guest."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        super().__init__(memory)
+        self.memory = memory
+        self.behave = ""
+
+    async def describe_memory(self) -> MemoryDescription:
+        description = await super().describe_memory()
+        if self.behave.startswith("describe-"):
+            size = self.memory.size
+            regions = {
+                "describe-nothing": [],
+                "describe-overlap": [Region(0, size), Region(size // 2, size)],
+                "describe-uneven": [Region(0, size - 1)],
+                "describe-endless": [Region(0, 1 << 62)],
+            }[self.behave]
+            located = [Region(one.guest_address, one.size, 4096, self.memory.location()) for one in regions]
+            return MemoryDescription(description.state, located)
+        return description
+
+    async def attach_pager(self, socket_path: str) -> None:
+        match self.behave:
+            case "attach-dies":
+                os._exit(1)
+            case "attach-hangs":
+                await asyncio.sleep(FOREVER)
+            case "attach-lies":
+                # Says that it has handed over, and has not even connected.
+                return
+            case "attach-refuses":
+                raise FerryError(Reason.NO_SPACE, "no memory left on this machine")
+            case behave if behave.startswith("hand-"):
+                self._hand_over(socket_path, behave.removeprefix("hand-"))
+            case _:
+                await super().attach_pager(socket_path)
+
+    def _hand_over(self, socket_path: str, what: str) -> None:
+        size, address = self.memory.size, self.memory.address
+        good = {"base_host_virt_addr": address, "size": size, "offset": 0, "page_size": 4096}
+        table = {
+            "nonsense": b"\x00\xff nonsense",
+            "half": json.dumps([good]).encode()[:20],
+            "object": json.dumps(good).encode() + b"]",
+            "twice": json.dumps([good, good]).encode(),
+            "small": json.dumps([{**good, "size": size // 2}]).encode(),
+            "crooked": json.dumps([{**good, "base_host_virt_addr": address + 1}]).encode(),
+            "beyond": json.dumps([{**good, "base_host_virt_addr": (1 << 64) - 4096}]).encode(),
+            "words": json.dumps([{**good, "base_host_virt_addr": "here"}]).encode(),
+            "elsewhere": json.dumps([{**good, "base_host_virt_addr": 1 << 30}]).encode(),
+        }.get(what, json.dumps([good]).encode())
+        reader, writer = os.pipe()
+        fds = {"no-fd": [], "many-fds": [reader] * 3, "pipe": [reader], "unregistered": []}.get(what)
+        if fds is None:
+            fds = [self.memory.open_userfault()]
+        self.kept = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.kept.connect(socket_path)
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self.kept.sendmsg([table], ancillary)
+        os.close(reader)
+        os.close(writer)
+
+    async def pause(self) -> None:
+        if self.behave == "pause-dies":
+            os._exit(1)
+        if self.behave == "pause-hangs":
+            await asyncio.sleep(FOREVER)
+        await super().pause()
+
+    async def save_state(self) -> bytes:
+        if self.behave == "save-fails":
+            raise RuntimeError("a device does not let itself be saved")
+        if self.behave == "save-nonsense":
+            return b"nonsense"
+        if self.behave == "save-huge":
+            return bytes(65 * MIB)
+        return await super().save_state()
+
+    async def load_state(self, state: bytes) -> None:
+        if self.behave == "load-dies":
+            os._exit(1)
+        if self.behave == "load-hangs":
+            await asyncio.sleep(FOREVER)
+        await super().load_state(state)
+
+    async def resume(self) -> None:
+        if self.behave == "resume-dies":
+            os._exit(1)
+        if self.behave == "resume-fails":
+            raise RuntimeError("the guest does not get up")
+        await super().resume()
+
+    async def detach_pager(self) -> None:
+        if self.behave == "detach-fails":
+            raise RuntimeError("no")
+        await super().detach_pager()
+
+    async def kill(self) -> None:
+        if self.behave == "kill-refuses":
+            return
+        await super().kill()
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--socket", required=True)
+    parser.add_argument("--memory", required=True)
+    parser.add_argument("--behave", required=True)
+    parser.add_argument("--incoming", action="store_true")
+    parser.add_argument("--working-set", type=float, default=1.0)
+    options = parser.parse_args()
+    memory = GuestMemory(int(options.memory.removesuffix("M")) * MIB)
+    pages = memory.size // 4096
+    plan = Plan(seed=7, pages=pages, working=int(pages * options.working_set), holes=4, order=Order.RANDOM)
+    vmm = HostileVmm(memory) if options.incoming else HostileVmm.started(memory, plan)
+    vmm.behave = options.behave
+    server = VmmServer()
+    await server.start(vmm, options.socket)
+    await run_control(vmm, server)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    Path("/proc/self/comm").write_text("hostile-vmm")
+    asyncio.run(main())
