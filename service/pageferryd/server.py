@@ -61,7 +61,7 @@ class GrpcServer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._health = health.aio.HealthServicer()
-        self.server = grpc.aio.server(interceptors=[_Guard(settings)], options=SERVER_OPTIONS)
+        self.server = grpc.aio.server(interceptors=[Guard(settings)], options=SERVER_OPTIONS)
         """The gRPC server that servicers and generic handlers are added to."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         reflection.enable_server_reflection(
@@ -116,7 +116,7 @@ class GrpcServer:
         return address if addresses.is_unix(address) else addresses.join(addresses.split(address)[0], port)
 
 
-class _Guard(grpc.aio.ServerInterceptor):
+class Guard(grpc.aio.ServerInterceptor):
     """Stands around each handler of ours: checks who calls before it, and turns what it raises into a status.
 
     It adds nothing to single messages of a stream.
@@ -133,6 +133,7 @@ class _Guard(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
+        """Return the handler of a call with the guard around it."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         # Health and reflection tell nothing of guests: they are open to whoever gets a connection.

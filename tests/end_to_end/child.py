@@ -8,11 +8,12 @@ import json
 import os
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-DEADLINE = 3.0
+DEADLINE = 8.0
 
 Event = dict[str, Any]
 
@@ -51,16 +52,23 @@ class Child:
         return self.process.poll() is None
 
     @property
-    def fds(self) -> list[str]:
-        """What its open file descriptors are, sorted; numbers of sockets and pipes left out."""
-        found = []
+    def fds(self) -> Counter[str]:
+        """How many descriptors of each kind it has open."""
+        found = Counter[str]()
         for link in Path(f"/proc/{self.pid}/fd").iterdir():
             # One that was closed meanwhile is none.
             with contextlib.suppress(FileNotFoundError):
-                found.append(str(link.readlink()).partition(":[")[0])
-        return sorted(found)
+                target = str(link.readlink())
+                found[target.partition(":[")[0] if target.startswith(("socket", "pipe")) else target] += 1
+        return found
 
-    def wait_event(self, name: str, since: int = 0, where: Callable[[Event], bool] = lambda _event: True) -> Event:
+    def wait_event(
+        self,
+        name: str,
+        since: int = 0,
+        where: Callable[[Event], bool] = lambda _event: True,
+        seconds: float = DEADLINE,
+    ) -> Event:
         """Block until an event of that name has come, the first at or behind index `since` that fits."""
         found: list[Event] = []
 
@@ -70,9 +78,9 @@ class Child:
             return bool(found) or self._ended
 
         with self._changed:
-            in_time = self._changed.wait_for(look, DEADLINE)
+            in_time = self._changed.wait_for(look, seconds)
         last = [*self.events[-5:], *self.other_lines[-5:]]
-        assert in_time, f"no {name} within {DEADLINE:g} s; last: {last}"
+        assert in_time, f"no {name} within {seconds:g} s; last: {last}"
         assert found, f"the process ended before it said {name}; last: {last}"
         return found[0]
 

@@ -197,7 +197,7 @@ class Stage:
             try:
                 await client.unregister_guest(guest_id)
             except FerryError as error:
-                if error.reason not in (Reason.UNKNOWN_GUEST, Reason.SIDECAR_UNREACHABLE, Reason.GUEST_BUSY):
+                if error.reason not in (Reason.UNKNOWN_GUEST, Reason.SIDECAR_UNREACHABLE):
                     raise
         self._clients.clear()
         await self.stack.aclose()

@@ -28,6 +28,7 @@ class HostileVmm(ProcessGuest):
         super().__init__(memory)
         self.memory = memory
         self.behave = ""
+        self.failures = 0
 
     async def describe_memory(self) -> MemoryDescription:
         description = await super().describe_memory()
@@ -105,12 +106,15 @@ class HostileVmm(ProcessGuest):
             os._exit(1)
         if self.behave == "load-hangs":
             await asyncio.sleep(FOREVER)
+        if self.behave == "load-slow":
+            await asyncio.sleep(0.5)
         await super().load_state(state)
 
     async def resume(self) -> None:
         if self.behave == "resume-dies":
             os._exit(1)
-        if self.behave == "resume-fails":
+        if self.behave == "resume-fails-twice" and self.failures < 2:
+            self.failures += 1
             raise RuntimeError("the guest does not get up")
         await super().resume()
 

@@ -16,7 +16,7 @@ from sidecar_process import Sidecar
 
 from pageferry.client import SidecarClient
 from pageferry.errors import FerryError, Reason, from_rpc
-from pageferry.v1 import incoming_pb2, incoming_pb2_grpc, memory_pb2
+from pageferry.v1 import incoming_pb2, incoming_pb2_grpc, memory_pb2, page_pb2, page_pb2_grpc
 from pageferry.v1 import migration_pb2 as pb
 
 pytestmark = [pytest.mark.root, pytest.mark.userfaultfd]
@@ -56,7 +56,8 @@ async def test_an_unknown_guest_is_refused(stage: Stage, alpha: Sidecar, beta: S
 
 
 @pytest.mark.parametrize(
-    ("guest_id", "path"), [("a/b", "/tmp/x.sock"), ("", "/tmp/x.sock"), ("web", "relative.sock"), ("web", "/" + "x" * 200)]
+    ("guest_id", "path"),
+    [("a/b", "/tmp/x.sock"), ("", "/tmp/x.sock"), ("web", "relative.sock"), ("web", "/" + "x" * 200)],
 )
 async def test_guests_that_cannot_be_are_not_registered(stage: Stage, alpha: Sidecar, guest_id: str, path: str) -> None:
     client = await stage.client(alpha)
@@ -158,7 +159,7 @@ HANDOFFS = {
     "hand-small": Reason.HANDOFF_REGIONS,
     "hand-crooked": Reason.HANDOFF_REGIONS,
     "hand-beyond": Reason.HANDOFF_REGIONS,
-    "hand-pipe": Reason.USERFAULTFD_REFUSED,
+    "hand-pipe": Reason.HANDOFF_NO_FD,
     "attach-dies": Reason.VMM_UNREACHABLE,
     "attach-refuses": Reason.NO_SPACE,
     "load-dies": Reason.VMM_UNREACHABLE,
@@ -195,7 +196,7 @@ async def test_a_vmm_that_hands_over_in_pieces_or_never_runs_into_a_timeout(stag
     [
         ("save-fails", Reason.VMM_FAILED),
         ("save-huge", Reason.VMM_FAILED),
-        ("save-nonsense", Reason.VMM_FAILED),
+        ("save-nonsense", Reason.INVALID_ARGUMENT),
     ],
 )
 async def test_a_source_vmm_that_cannot_save_its_state_runs_on(
@@ -228,6 +229,7 @@ async def test_a_migration_can_be_cancelled_until_the_guest_was_handed_over(
     crossing = await stage.crossing(alpha, beta, hostile=hostile, hostile_source=hostile_source, memory="8M")
     await crossing.start()
     await crossing.becomes(crossing.at_source, state)
+    await crossing.becomes(crossing.at_destination, PREPARING, HANDING_OVER)
     cancelled = await crossing.at_source.cancel_migration(crossing.migration_id)
     assert cancelled.state == CANCELLED
     assert cancelled.error.reason == Reason.CANCELLED
@@ -319,6 +321,31 @@ async def test_a_destination_checks_whatever_a_source_says(
         await rpc_refused(stub.Prepare(prepare_request(**changes), timeout=DEADLINE), reason)
 
 
+async def test_pages_are_for_who_has_the_token_and_not_before_the_guest_stands_still(
+    stage: Stage, alpha: Sidecar, beta: Sidecar
+) -> None:
+    crossing = await stage.crossing(alpha, beta, hostile="attach-hangs")
+    await crossing.start()
+    await crossing.becomes(crossing.at_destination, PREPARING)
+    async with grpc.aio.insecure_channel(alpha.address) as channel:
+        stub = page_pb2_grpc.PageServiceStub(channel)
+        for migration, token, reason in (
+            (crossing.migration_id, bytes(32), Reason.TOKEN_INVALID),
+            (crossing.migration_id, b"", Reason.TOKEN_INVALID),
+            ("another", bytes(32), Reason.UNKNOWN_MIGRATION),
+        ):
+            shown = (("pageferry-migration", migration), ("pageferry-token-bin", token))
+            for call, request in (
+                (stub.GetLayout, page_pb2.GetLayoutRequest()),
+                (stub.Complete, page_pb2.CompleteRequest(pages=4096)),
+            ):
+                await rpc_refused(call(request, metadata=shown, timeout=DEADLINE), reason)
+            fetch = stub.FetchPages(metadata=shown, timeout=DEADLINE)
+            await rpc_refused(fetch.read(), reason)
+    await crossing.at_source.cancel_migration(crossing.migration_id)
+    await crossing.runs_at_source()
+
+
 class LaterDestination(incoming_pb2_grpc.IncomingServiceServicer):
     """Speaks a version that is not ours."""
 
@@ -356,4 +383,3 @@ async def test_unknown_migrations_are_unknown(stage: Stage, alpha: Sidecar) -> N
         anext(client.watch_migration("x")),
     ):
         await refused(call, Reason.UNKNOWN_MIGRATION, grpc.StatusCode.NOT_FOUND)
-

@@ -25,47 +25,47 @@ _sym_db = _symbol_database.Default()
 from pageferry.v1 import memory_pb2 as pageferry_dot_v1_dot_memory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16pageferry/v1/vmm.proto\x12\x0cpageferry.v1\x1a\x19pageferry/v1/memory.proto\"\x17\n\x15\x44\x65scribeMemoryRequest\"\x9c\x01\n\x16\x44\x65scribeMemoryResponse\x12*\n\x06layout\x18\x01 \x01(\x0b\x32\x1a.pageferry.v1.MemoryLayout\x12/\n\tlocations\x18\x02 \x03(\x0b\x32\x1c.pageferry.v1.MemoryLocation\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.pageferry.v1.VmmState\")\n\x12\x41ttachPagerRequest\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\"\x15\n\x13\x41ttachPagerResponse\"\x0e\n\x0cPauseRequest\"\x0f\n\rPauseResponse\"\x12\n\x10SaveStateRequest\"\"\n\x11SaveStateResponse\x12\r\n\x05state\x18\x01 \x01(\x0c\"!\n\x10LoadStateRequest\x12\r\n\x05state\x18\x01 \x01(\x0c\"\x13\n\x11LoadStateResponse\"\x0f\n\rResumeRequest\"\x10\n\x0eResumeResponse\"\x14\n\x12\x44\x65tachPagerRequest\"\x15\n\x13\x44\x65tachPagerResponse\"\r\n\x0bKillRequest\"\x0e\n\x0cKillResponse*j\n\x08VmmState\x12\x19\n\x15VMM_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11VMM_STATE_RUNNING\x10\x01\x12\x14\n\x10VMM_STATE_PAUSED\x10\x02\x12\x16\n\x12VMM_STATE_INCOMING\x10\x03\x32\xf3\x04\n\nVmmService\x12[\n\x0e\x44\x65scribeMemory\x12#.pageferry.v1.DescribeMemoryRequest\x1a$.pageferry.v1.DescribeMemoryResponse\x12R\n\x0b\x41ttachPager\x12 .pageferry.v1.AttachPagerRequest\x1a!.pageferry.v1.AttachPagerResponse\x12@\n\x05Pause\x12\x1a.pageferry.v1.PauseRequest\x1a\x1b.pageferry.v1.PauseResponse\x12L\n\tSaveState\x12\x1e.pageferry.v1.SaveStateRequest\x1a\x1f.pageferry.v1.SaveStateResponse\x12L\n\tLoadState\x12\x1e.pageferry.v1.LoadStateRequest\x1a\x1f.pageferry.v1.LoadStateResponse\x12\x43\n\x06Resume\x12\x1b.pageferry.v1.ResumeRequest\x1a\x1c.pageferry.v1.ResumeResponse\x12R\n\x0b\x44\x65tachPager\x12 .pageferry.v1.DetachPagerRequest\x1a!.pageferry.v1.DetachPagerResponse\x12=\n\x04Kill\x12\x19.pageferry.v1.KillRequest\x1a\x1a.pageferry.v1.KillResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16pageferry/v1/vmm.proto\x12\x0cpageferry.v1\x1a\x19pageferry/v1/memory.proto\"\x17\n\x15\x44\x65scribeMemoryRequest\"\x9c\x01\n\x16\x44\x65scribeMemoryResponse\x12*\n\x06layout\x18\x01 \x01(\x0b\x32\x1a.pageferry.v1.MemoryLayout\x12/\n\tlocations\x18\x02 \x03(\x0b\x32\x1c.pageferry.v1.MemoryLocation\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.pageferry.v1.VmmState\"Y\n\x12\x41ttachPagerRequest\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x19\n\x11\x66\x61ult_socket_path\x18\x02 \x01(\t\x12\x13\n\x0b\x66\x61ult_token\x18\x03 \x01(\x0c\"\x15\n\x13\x41ttachPagerResponse\"\x0e\n\x0cPauseRequest\"\x0f\n\rPauseResponse\"\x12\n\x10SaveStateRequest\"\"\n\x11SaveStateResponse\x12\r\n\x05state\x18\x01 \x01(\x0c\"!\n\x10LoadStateRequest\x12\r\n\x05state\x18\x01 \x01(\x0c\"\x13\n\x11LoadStateResponse\"\x0f\n\rResumeRequest\"\x10\n\x0eResumeResponse\"\x14\n\x12\x44\x65tachPagerRequest\"\x15\n\x13\x44\x65tachPagerResponse\"\r\n\x0bKillRequest\"\x0e\n\x0cKillResponse*j\n\x08VmmState\x12\x19\n\x15VMM_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11VMM_STATE_RUNNING\x10\x01\x12\x14\n\x10VMM_STATE_PAUSED\x10\x02\x12\x16\n\x12VMM_STATE_INCOMING\x10\x03\x32\xf3\x04\n\nVmmService\x12[\n\x0e\x44\x65scribeMemory\x12#.pageferry.v1.DescribeMemoryRequest\x1a$.pageferry.v1.DescribeMemoryResponse\x12R\n\x0b\x41ttachPager\x12 .pageferry.v1.AttachPagerRequest\x1a!.pageferry.v1.AttachPagerResponse\x12@\n\x05Pause\x12\x1a.pageferry.v1.PauseRequest\x1a\x1b.pageferry.v1.PauseResponse\x12L\n\tSaveState\x12\x1e.pageferry.v1.SaveStateRequest\x1a\x1f.pageferry.v1.SaveStateResponse\x12L\n\tLoadState\x12\x1e.pageferry.v1.LoadStateRequest\x1a\x1f.pageferry.v1.LoadStateResponse\x12\x43\n\x06Resume\x12\x1b.pageferry.v1.ResumeRequest\x1a\x1c.pageferry.v1.ResumeResponse\x12R\n\x0b\x44\x65tachPager\x12 .pageferry.v1.DetachPagerRequest\x1a!.pageferry.v1.DetachPagerResponse\x12=\n\x04Kill\x12\x19.pageferry.v1.KillRequest\x1a\x1a.pageferry.v1.KillResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pageferry.v1.vmm_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VMMSTATE']._serialized_start=573
-  _globals['_VMMSTATE']._serialized_end=679
+  _globals['_VMMSTATE']._serialized_start=621
+  _globals['_VMMSTATE']._serialized_end=727
   _globals['_DESCRIBEMEMORYREQUEST']._serialized_start=67
   _globals['_DESCRIBEMEMORYREQUEST']._serialized_end=90
   _globals['_DESCRIBEMEMORYRESPONSE']._serialized_start=93
   _globals['_DESCRIBEMEMORYRESPONSE']._serialized_end=249
   _globals['_ATTACHPAGERREQUEST']._serialized_start=251
-  _globals['_ATTACHPAGERREQUEST']._serialized_end=292
-  _globals['_ATTACHPAGERRESPONSE']._serialized_start=294
-  _globals['_ATTACHPAGERRESPONSE']._serialized_end=315
-  _globals['_PAUSEREQUEST']._serialized_start=317
-  _globals['_PAUSEREQUEST']._serialized_end=331
-  _globals['_PAUSERESPONSE']._serialized_start=333
-  _globals['_PAUSERESPONSE']._serialized_end=348
-  _globals['_SAVESTATEREQUEST']._serialized_start=350
-  _globals['_SAVESTATEREQUEST']._serialized_end=368
-  _globals['_SAVESTATERESPONSE']._serialized_start=370
-  _globals['_SAVESTATERESPONSE']._serialized_end=404
-  _globals['_LOADSTATEREQUEST']._serialized_start=406
-  _globals['_LOADSTATEREQUEST']._serialized_end=439
-  _globals['_LOADSTATERESPONSE']._serialized_start=441
-  _globals['_LOADSTATERESPONSE']._serialized_end=460
-  _globals['_RESUMEREQUEST']._serialized_start=462
-  _globals['_RESUMEREQUEST']._serialized_end=477
-  _globals['_RESUMERESPONSE']._serialized_start=479
-  _globals['_RESUMERESPONSE']._serialized_end=495
-  _globals['_DETACHPAGERREQUEST']._serialized_start=497
-  _globals['_DETACHPAGERREQUEST']._serialized_end=517
-  _globals['_DETACHPAGERRESPONSE']._serialized_start=519
-  _globals['_DETACHPAGERRESPONSE']._serialized_end=540
-  _globals['_KILLREQUEST']._serialized_start=542
-  _globals['_KILLREQUEST']._serialized_end=555
-  _globals['_KILLRESPONSE']._serialized_start=557
-  _globals['_KILLRESPONSE']._serialized_end=571
-  _globals['_VMMSERVICE']._serialized_start=682
-  _globals['_VMMSERVICE']._serialized_end=1309
+  _globals['_ATTACHPAGERREQUEST']._serialized_end=340
+  _globals['_ATTACHPAGERRESPONSE']._serialized_start=342
+  _globals['_ATTACHPAGERRESPONSE']._serialized_end=363
+  _globals['_PAUSEREQUEST']._serialized_start=365
+  _globals['_PAUSEREQUEST']._serialized_end=379
+  _globals['_PAUSERESPONSE']._serialized_start=381
+  _globals['_PAUSERESPONSE']._serialized_end=396
+  _globals['_SAVESTATEREQUEST']._serialized_start=398
+  _globals['_SAVESTATEREQUEST']._serialized_end=416
+  _globals['_SAVESTATERESPONSE']._serialized_start=418
+  _globals['_SAVESTATERESPONSE']._serialized_end=452
+  _globals['_LOADSTATEREQUEST']._serialized_start=454
+  _globals['_LOADSTATEREQUEST']._serialized_end=487
+  _globals['_LOADSTATERESPONSE']._serialized_start=489
+  _globals['_LOADSTATERESPONSE']._serialized_end=508
+  _globals['_RESUMEREQUEST']._serialized_start=510
+  _globals['_RESUMEREQUEST']._serialized_end=525
+  _globals['_RESUMERESPONSE']._serialized_start=527
+  _globals['_RESUMERESPONSE']._serialized_end=543
+  _globals['_DETACHPAGERREQUEST']._serialized_start=545
+  _globals['_DETACHPAGERREQUEST']._serialized_end=565
+  _globals['_DETACHPAGERRESPONSE']._serialized_start=567
+  _globals['_DETACHPAGERRESPONSE']._serialized_end=588
+  _globals['_KILLREQUEST']._serialized_start=590
+  _globals['_KILLREQUEST']._serialized_end=603
+  _globals['_KILLRESPONSE']._serialized_start=605
+  _globals['_KILLRESPONSE']._serialized_end=619
+  _globals['_VMMSERVICE']._serialized_start=730
+  _globals['_VMMSERVICE']._serialized_end=1357
 # @@protoc_insertion_point(module_scope)

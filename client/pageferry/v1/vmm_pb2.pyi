@@ -106,16 +106,26 @@ class AttachPagerRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SOCKET_PATH_FIELD_NUMBER: _builtins.int
+    FAULT_SOCKET_PATH_FIELD_NUMBER: _builtins.int
+    FAULT_TOKEN_FIELD_NUMBER: _builtins.int
     socket_path: _builtins.str
     """Path of the Unix stream socket to connect to."""
+    fault_socket_path: _builtins.str
+    """Path of the Unix socket at which FaultService answers faults that no userfaultfd sees. A VMM without such memory
+    leaves it alone.
+    """
+    fault_token: _builtins.bytes
+    """Secret to be shown with every call to it."""
     def __init__(
         self,
         *,
         socket_path: _builtins.str = ...,
+        fault_socket_path: _builtins.str = ...,
+        fault_token: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["socket_path", b"socket_path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fault_socket_path", b"fault_socket_path", "fault_token", b"fault_token", "socket_path", b"socket_path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pageferry.errors import FerryError, Reason
-from pageferryd.destination.handoff import Handoff, HandoffListener
+from pageferryd.control.faults import Faults
+from pageferryd.destination.handoff import HandoffListener
 from pageferryd.destination.session import Session
-from pageferryd.destination.uffd_door import UffdDoor
-from pageferryd.destination.uffd_installer import UffdInstaller
 from pageferryd.linux.pidfd import PidFd
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
+    from pageferryd.config import Settings
     from pageferryd.core.layout import Layout
+    from pageferryd.destination.handed_over import Handoff
+    from pageferryd.destination.installer import Installer
     from pageferryd.destination.lanes import LaneOpener
     from pageferryd.destination.session import SessionOptions
-    from pageferryd.vmm.driver import VmmDriver
+    from pageferryd.vmm.driver import FaultEndpoint, VmmDriver
 
 
 class VmmWatch:
@@ -43,40 +45,56 @@ class VmmWatch:
             process.close()
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """A VMM that waits for a guest: how to reach it, its memory, and its process."""
+
+    driver: VmmDriver
+    layout: Layout
+    pid: int
+
+
 class Arrival:
     """A waiting VMM's memory, and the session that fills it."""
 
-    def __init__(self, handoff: Handoff, session: Session, installer: UffdInstaller) -> None:
+    def __init__(self, handoff: Handoff, session: Session, installer: Installer, faults: Faults) -> None:
         self.session = session
         self._handoff = handoff
         self._installer = installer
+        self._faults = faults
         self._watch: VmmWatch | None = None
 
     @classmethod
     async def take_over(
         cls,
-        driver: VmmDriver,
-        layout: Layout,
-        pid: int,
-        socket_path: Path,
-        seconds: float,
+        vmm: Waiting,
+        name: str,
+        settings: Settings,
         opener: LaneOpener,
         options: SessionOptions,
         paused: Callable[[FerryError | None], None],
     ) -> Arrival:
-        """Open the lanes, then have the VMM hand its memory over. FerryError: HANDOFF_* or of the lanes."""
+        """Open the lanes, then have the VMM hand its memory over. FerryError: HANDOFF_* or of the lanes.
+
+        `name` tells this arrival's sockets in the runtime directory from those of others.
+        """
         lanes = await opener.open()
+        faults: Faults | None = None
         try:
-            handoff = await _hand_off(driver, HandoffListener(socket_path, layout, pid), seconds)
+            faults = await Faults.start(settings, name, vmm.pid)
+            handoff = await _hand_off(vmm, settings, name, faults.endpoint)
         except BaseException:
             await lanes.close()
+            if faults is not None:
+                await faults.stop()
             raise
-        installer = UffdInstaller(handoff.uffd, handoff.addresses)
-        door = UffdDoor(handoff.uffd, handoff.addresses)
-        session = Session(layout, [door], installer, opener, options, paused, lanes)
-        arrival = cls(handoff, session, installer)
+        exit_door, doors = handoff.doors()
+        installer = handoff.installer()
+        session = Session(handoff.layout, doors, installer, opener, options, paused, lanes)
+        faults.connect(exit_door, session, handoff)
+        arrival = cls(handoff, session, installer, faults)
         try:
-            arrival._watch = VmmWatch(pid, lambda: session.fail(_gone(pid)))
+            arrival._watch = VmmWatch(vmm.pid, lambda: session.fail(_gone(vmm.pid)))
         except BaseException:
             # The guest has never run: nobody can read what is missing.
             await arrival.abandon()
@@ -101,13 +119,15 @@ class Arrival:
     async def _stop(self) -> None:
         if self._watch is not None:
             self._watch.close()
+        await self._faults.stop()
         await self.session.close()
 
 
-async def _hand_off(driver: VmmDriver, listener: HandoffListener, seconds: float) -> Handoff:
+async def _hand_off(vmm: Waiting, settings: Settings, name: str, faults: FaultEndpoint) -> Handoff:
     """Ask the VMM to connect, and receive; whichever fails first tells why."""
-    receiving = asyncio.create_task(listener.receive(seconds))
-    asking = asyncio.create_task(driver.attach_pager(str(listener.path)))
+    listener = HandoffListener(settings.runtime_dir / f"handoff-{name}.sock", vmm.layout, vmm.pid)
+    receiving = asyncio.create_task(listener.receive(settings.limits.prepare_timeout))
+    asking = asyncio.create_task(vmm.driver.attach_pager(str(listener.path), faults))
     try:
         await asyncio.wait({receiving, asking}, return_when=asyncio.FIRST_EXCEPTION)
         if receiving.done() and not asking.done():

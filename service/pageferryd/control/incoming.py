@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from pageferry.errors import FerryError, Reason
-from pageferryd.control.arrival import Arrival
+from pageferryd.control.arrival import Arrival, Waiting
 from pageferryd.control.limits import pacing_options, session_options
 from pageferryd.control.view import RateMeter, add_session, layout_of, migration_of
 from pageferryd.core.errors import LayoutError
@@ -116,11 +116,9 @@ class Incoming:
         )
         self._touched = True
         self._arrival = await Arrival.take_over(
-            guest.driver,
-            description.layout,
-            description.pid,
-            self._around.settings.runtime_dir / f"handoff-{record.migration_id}.sock",
-            self._limits.prepare_timeout,
+            Waiting(guest.driver, description.layout, description.pid),
+            record.migration_id,
+            self._around.settings,
             GrpcLaneOpener(source, self._around.tls, self._limits.lane_silence_timeout),
             session_options(request.limits, self._limits),
             self._paused,
@@ -284,6 +282,8 @@ class Incoming:
         if serving is not None:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
+            # A task keeps how it was cancelled, and the connections of those frames with that.
+            self._task = None
         await self._clean_up()
 
     async def _clean_up(self) -> None:

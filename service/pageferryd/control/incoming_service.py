@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from pageferryd.control.drain import Drain
 
 _Context = grpc.aio.ServicerContext[Any, Any]
-_MAX_ID = 128
+# Part of a hand-off socket's path, and of metadata.
+_MIGRATION_ID = r"[A-Za-z0-9]{1,32}"
 
 
 class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
@@ -153,8 +155,8 @@ def _check_name(source_name: str, context: _Context) -> None:
 
 def _check_prepare(request: incoming_pb2.PrepareRequest) -> None:
     check_limits(request.limits)
-    if not request.migration_id.isalnum() or len(request.migration_id) > _MAX_ID:
-        raise FerryError(Reason.INVALID_ARGUMENT, "migration_id must be 1 to 128 letters and digits")
+    if not re.fullmatch(_MIGRATION_ID, request.migration_id):
+        raise FerryError(Reason.INVALID_ARGUMENT, "migration_id must be 1 to 32 letters and digits of ASCII")
     if len(request.token) != TOKEN_BYTES:
         raise FerryError(Reason.INVALID_ARGUMENT, f"token must have {TOKEN_BYTES} bytes")
     if not request.source_name or not request.page_address:

@@ -47,6 +47,7 @@ class Outgoing:
         self._page_address = page_address
         self._destination: Destination | None = None
         self._report: migration_pb2.Migration | None = None
+        self._announced = record.limits
         self._completed = asyncio.Event()
         self._paused_at: float | None = None
         self._committed = False
@@ -74,7 +75,7 @@ class Outgoing:
         """Have the destination put limits into force."""
         if self.record.state.final:
             raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.record.migration_id} has ended")
-        if self.record.state.owned_by_destination:
+        if self.record.state is State.HANDING_OVER or self.record.state.owned_by_destination:
             await self._peer().limit(limits)
         self.record.limits = limits
         self.record.changes.notify()
@@ -117,9 +118,9 @@ class Outgoing:
             await self._commit()
             await self._see_through()
         except asyncio.CancelledError:
+            # By `stop` alone. Raised on, it would stay with the task, and keep the connections of its frames open.
             if not self._committed:
                 await self._undo(FerryError(Reason.CANCELLED, "the migration was taken back"), State.CANCELLED)
-            raise
         except FerryError as error:
             await self._fail(error)
         except Exception as error:
@@ -145,6 +146,10 @@ class Outgoing:
         if not record.destination_name:
             record.destination_name = answer.host
         await self._offer(description)
+        while self._announced is not record.limits:
+            # They were changed meanwhile.
+            self._announced = record.limits
+            await self._peer().limit(record.limits)
         record.lifecycle.to(State.HANDING_OVER)
         self._paused_at = time.monotonic()
         await guest.driver.pause()
@@ -159,6 +164,7 @@ class Outgoing:
             record.migration_id, token, record.destination_name, memory, description.layout, self._completed.set
         )
         self._pages.offer(self.served)
+        self._announced = record.limits
         request = incoming_pb2.PrepareRequest(
             migration_id=record.migration_id,
             guest_id=record.guest_id,
@@ -291,7 +297,7 @@ class Outgoing:
                 _log.info("abort_unanswered", migration=record.migration_id, detail=refusal.message)
         self._guest.migration_id = None
         if not record.state.final:
-            record.error = error
+            record.trouble(error)
             record.lifecycle.to(state)
 
     async def _take_back(self, error: FerryError) -> FerryError:

@@ -75,7 +75,7 @@ class Destination:
         call = self._stub.Report(incoming_pb2.ReportRequest(migration_id=self._migration_id))
         try:
             # Not `async for`: left early, its iterator and the call keep each other, and the connection, alive.
-            while (response := await call.read()) is not grpc.aio.EOF:
+            while isinstance(response := await call.read(), incoming_pb2.ReportResponse):
                 yield response.migration
         except grpc.aio.AioRpcError as error:
             raise self._explain(error) from error

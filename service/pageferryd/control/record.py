@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from pageferry.errors import FerryError
 from pageferry.v1 import migration_pb2
 from pageferryd.core.lifecycle import Lifecycle, State
-
-if TYPE_CHECKING:
-    from pageferry.errors import FerryError
 
 
 class Changes:
@@ -69,10 +66,15 @@ class MigrationRecord:
     def fail(self, error: FerryError) -> None:
         """End it as failed, unless it has ended."""
         if not self.state.final:
-            self.error = error
+            self.error = _bare(error)
             self.lifecycle.to(State.FAILED)
 
     def trouble(self, error: FerryError | None) -> None:
         """Note what goes wrong while it goes on; None when it is over."""
-        self.error = error
+        self.error = None if error is None else _bare(error)
         self.changes.notify()
+
+
+def _bare(error: FerryError) -> FerryError:
+    """Return the error without its traceback: the frames in it would keep connections open as long as the record."""
+    return FerryError(error.reason, error.message)

@@ -44,7 +44,7 @@ class GrpcLanes:
 
     def __init__(self, source: Source, demand: grpc.aio.Channel, push: grpc.aio.Channel) -> None:
         self._source = source
-        self._channels = (demand, push)
+        self._channels: tuple[grpc.aio.Channel, ...] = (demand, push)
         self._metadata: _Metadata = (
             ("pageferry-migration", source.migration_id),
             ("pageferry-token-bin", source.token),
@@ -98,7 +98,11 @@ class GrpcLanes:
 
     async def close(self) -> None:
         """Close both channels, and their streams with them."""
-        await asyncio.gather(*(channel.close() for channel in self._channels))
+        channels, self._channels = self._channels, ()
+        await asyncio.gather(*(channel.close() for channel in channels))
+        # gRPC keeps a closed channel's connection for as long as anybody refers to it, and errors refer to these lanes.
+        for name in ("_stub", "_demand_stream", "_push_stream"):
+            self.__dict__.pop(name, None)
 
     async def _read(self, stream: _Stream) -> bytes:
         try:

@@ -8,37 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import socket
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pageferry.errors import FerryError, Reason
 from pageferryd.destination.address_map import AddressMap
+from pageferryd.destination.handed_over import MAX_FDS, Handoff, assemble
 from pageferryd.linux.unix_peer import peer_credentials, recv_with_fds
-from pageferryd.linux.userfaultfd import Userfaultfd
 
 if TYPE_CHECKING:
     from pageferryd.core.layout import Layout
 
 MAX_TABLE_BYTES = 1 << 20
-_MAX_FDS = 3
 _CHUNK = 64 << 10
-
-
-class Handoff(NamedTuple):
-    """What a VMM handed over; `connection` stays open until the guest no longer needs the pager."""
-
-    uffd: Userfaultfd
-    addresses: AddressMap
-    connection: socket.socket
-
-    def close(self) -> None:
-        """Let all of it go."""
-        self.uffd.close()
-        self.connection.close()
 
 
 class HandoffListener:
@@ -58,9 +45,8 @@ class HandoffListener:
             self._listener.listen(1)
         except OSError as error:
             self.close()
-            raise FerryError(
-                Reason.PERMISSION_MISSING, f"cannot listen for the VMM's hand-off at {path}: {error.strerror}"
-            ) from error
+            reason = Reason.NO_SPACE if error.errno == errno.ENOSPC else Reason.PERMISSION_MISSING
+            raise FerryError(reason, f"cannot listen for the VMM's hand-off at {path}: {error}") from error
 
     def close(self) -> None:
         """Stop listening."""
@@ -92,15 +78,9 @@ class HandoffListener:
             fds: list[int] = []
             undo.callback(_close_all, fds)
             table = await _receive_table(connection, fds)
-            if len(fds) != 1:
-                raise FerryError(
-                    Reason.HANDOFF_NO_FD,
-                    f"the hand-off came with {len(fds)} file descriptors; it needs the userfaultfd",
-                )
-            addresses = read_table(table, self._layout)
-            uffd = Userfaultfd.adopt(fds[0])
+            handoff = assemble(fds, read_table(table, self._layout), connection)
             undo.pop_all()
-            return Handoff(uffd, addresses, connection)
+            return handoff
 
 
 def _close_all(fds: list[int]) -> None:
@@ -113,10 +93,10 @@ async def _receive_table(connection: socket.socket, fds: list[int]) -> Any:
     data = bytearray()
     while True:
         await _readable(connection)
-        received = recv_with_fds(connection, _CHUNK, _MAX_FDS)
+        received = recv_with_fds(connection, _CHUNK, MAX_FDS)
         fds += received.fds
         data += received.data
-        if received.data and len(data) <= MAX_TABLE_BYTES and len(fds) <= _MAX_FDS:
+        if received.data and len(data) <= MAX_TABLE_BYTES and len(fds) <= MAX_FDS:
             if data.rstrip().endswith(b"]"):
                 with contextlib.suppress(ValueError, RecursionError):
                     return json.loads(data)
@@ -148,6 +128,12 @@ def read_table(table: Any, layout: Layout) -> AddressMap:
     offsets = [0, *accumulate(region.size for region in layout.regions)]
     for entry, region, offset in zip(entries, layout.regions, offsets, strict=False):
         found = number(entry, "offset"), number(entry, "size"), number(entry, "page_size", "page_size_kib")
+        if "gpa_start" in entry and number(entry, "gpa_start") != region.guest_address:
+            raise FerryError(
+                Reason.HANDOFF_REGIONS,
+                f"the hand-off has a region at guest address {entry['gpa_start']:#x} where the guest has one at "
+                f"{region.guest_address:#x}",
+            )
         if found != (offset, region.size, region.page_size):
             raise FerryError(
                 Reason.HANDOFF_REGIONS,

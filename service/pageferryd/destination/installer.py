@@ -35,6 +35,12 @@ class Installer(Protocol):
     def poison(self, first: int, pages: int) -> tuple[int, Placed]:
         """Make each access fail like a memory error."""
 
+    def touched_again(self, first: int, pages: int) -> tuple[int, Placed]:
+        """Let an access to pages go on that were placed before.
+
+        PRESENT where they are still there; DONE where the VMM had dropped them without a word, and they are zero now.
+        """
+
     def wake(self, first: int, pages: int) -> None:
         """Wake who waits for pages that are in place."""
 

@@ -48,7 +48,7 @@ class FaultIntake:
         """Take what a door saw at once: discards first, since any of the faults may be younger."""
         now = self._clock()
         for first, pages in events.discards:
-            self._discard(first, pages, now)
+            self.discard(first, pages, now)
         for page in events.faults:
             answer = self._pager.fault(page, now, events.seen)
             self.counts[door, CLASSES[answer]] += 1
@@ -60,7 +60,8 @@ class FaultIntake:
                 self._placer.serve_poison(page)
         self._work()
 
-    def _discard(self, first: int, pages: int, now: float) -> None:
+    def discard(self, first: int, pages: int, now: float) -> None:
+        """The guest gave pages away, or converts them: whatever is under way of them is dropped, and they are zero."""
         self._placer.dropped(first, pages)
         waited_for = self._pager.discard(first, pages, now)
         for times in waited_for:

@@ -11,6 +11,7 @@ from pageferry.errors import FerryError, Reason
 from pageferryd.core.layout import PAGE_SIZE
 from pageferryd.core.pager import Lane
 from pageferryd.core.runs import POISONED, RAW, ZERO, Run
+from pageferryd.destination.door import Settled
 from pageferryd.destination.installer import Placed
 from pageferryd.destination.staging import Staging
 
@@ -36,6 +37,9 @@ _COUNTED = {
 }
 
 
+_HOW = {RAW: Settled.INSTALLED, ZERO: Settled.ZERO, POISONED: Settled.POISONED}
+
+
 class _Piece(NamedTuple):
     run: Run
     data: bytes
@@ -46,7 +50,8 @@ class _Piece(NamedTuple):
 class Placer:
     """Installs runs and tells the pager. What the kernel cannot take now is kept, in order, for `retry`.
 
-    `drain` makes the doors deliver what is queued; `ended` gets the faults that an install has answered.
+    `drain` makes the doors deliver what is queued; `ended` gets the faults that an install has answered; `settled` is
+    told of every run that is in place, where a door has to answer for it.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class Placer:
         drain: Callable[[], None],
         ended: Callable[[list[FaultTimes]], None],
         clock: Callable[[], float],
+        settled: Callable[[int, int, Settled], None] | None = None,
     ) -> None:
         self._pager = pager
         self._installer = installer
@@ -64,6 +70,7 @@ class Placer:
         self._drain = drain
         self._ended = ended
         self._clock = clock
+        self._settled = settled
         self._uniform = pager.layout.uniform
         self._staging = Staging(pager.layout)
         self._backlog: deque[_Piece] = deque()
@@ -168,6 +175,8 @@ class Placer:
         else:
             ended = self._pager.installed(run, lane, now)
             self._arrivals.note(run.first, run.pages, lane)
+        if self._settled is not None:
+            self._settled(run.first, run.pages, _HOW[run.kind])
         if ended:
             self._ended(ended)
 
@@ -180,16 +189,23 @@ class Placer:
         else:
             # Nobody can touch it any more, as after a discard.
             self._ended(self._pager.discard(run.first, pages, self._clock()))
+            self._tell(run.first, pages, Settled.ZERO)
         return pages
+
+    def _tell(self, first: int, pages: int, how: Settled) -> None:
+        if self._settled is not None:
+            self._settled(first, pages, how)
 
     def serve_zero(self, page: int) -> None:
         """Give zeroes to who waits for a page that was discarded."""
         first, pages = self._pager.layout.granule(page)
         _, how = self._install(Run(first, pages, ZERO), b"", 0)
+        if how is Placed.RETRY:
+            self._zeroes.append(page)
+            return
         if how is Placed.PRESENT:
             self._installer.wake(first, pages)
-        elif how is Placed.RETRY:
-            self._zeroes.append(page)
+        self._tell(first, pages, Settled.ZERO)
 
     def serve_poison(self, page: int) -> None:
         """Give a memory error to who touched a page that the source could not read."""
@@ -197,20 +213,21 @@ class Placer:
         _, how = self._install(Run(first, pages, POISONED), b"", 0)
         if how is not Placed.DONE:
             self._installer.wake(first, pages)
+        self._tell(first, pages, Settled.POISONED)
 
     def serve_present(self, page: int) -> None:
-        """Let who touched a page go on that was installed meanwhile.
-
-        Where the kernel finds nothing there, the VMM has dropped the page without an event, so that it reads as zero.
-        """
+        """Let who touched a page go on that was installed meanwhile."""
         first, pages = self._pager.layout.granule(page)
-        _, how = self._install(Run(first, pages, ZERO), b"", 0)
+        try:
+            _, how = self._installer.touched_again(first, pages)
+        except FerryError as error:
+            how = _wait_for_memory(error)
+        if how is Placed.RETRY:
+            self._zeroes.append(page)
+            return
         if how is Placed.DONE:
             self._pager.discard(first, pages, self._clock())
-        elif how is Placed.RETRY:
-            self._zeroes.append(page)
-        else:
-            self._installer.wake(first, pages)
+        self._tell(first, pages, Settled.ZERO if how is Placed.DONE else Settled.PRESENT)
 
     def dropped(self, first: int, pages: int) -> None:
         """The guest gave pages away: what is staged of them is worthless."""

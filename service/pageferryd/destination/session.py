@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pageferryd.core.demand import FaultTimes
     from pageferryd.core.layout import Layout
     from pageferryd.core.pacing import PacingOptions
-    from pageferryd.destination.door import FaultDoor
+    from pageferryd.destination.door import FaultDoor, Settled
     from pageferryd.destination.installer import Installer
     from pageferryd.destination.lanes import LaneOpener, Lanes
 
@@ -85,7 +85,16 @@ class Session:
         self.arrivals = ArrivalMap(layout.page_count)
         self.latencies = FaultLatencies()
         self.reconnects = 0
-        self.placer = Placer(self.pager, installer, self.arrivals, self._drain, self._faults_ended, self._clock)
+        self._listeners = [door for door in doors if door.listens]
+        self.placer = Placer(
+            self.pager,
+            installer,
+            self.arrivals,
+            self._drain,
+            self._faults_ended,
+            self._clock,
+            self._tell_doors if self._listeners else None,
+        )
         self.intake = FaultIntake(self.pager, self.placer, self._faults_ended, self._after_faults, self._clock)
 
     def open_doors(self) -> None:
@@ -102,6 +111,11 @@ class Session:
     def reconnect_now(self) -> None:
         """Try lost lanes again at once instead of after the backoff."""
         self._reconnect_now.set()
+
+    def convert(self, first: int, pages: int) -> None:
+        """The guest converts pages between shared and private: what is under way of them is of the old kind."""
+        self.intake.discard(first, pages, self._clock())
+        self._after_faults()
 
     def set_pacing(self, pacing: PacingOptions) -> None:
         """Put new limits into force."""
@@ -259,6 +273,10 @@ class Session:
                 )
 
     # What happens between them
+
+    def _tell_doors(self, first: int, pages: int, how: Settled) -> None:
+        for door in self._listeners:
+            door.settled(first, pages, how)
 
     def _drain(self) -> None:
         for door in self._doors:

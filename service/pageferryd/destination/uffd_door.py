@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from pageferry.errors import FerryError, Reason
-from pageferryd.destination.door import DoorEvents
+from pageferryd.destination.door import DoorEvents, Settled
 from pageferryd.linux.userfaultfd import Fault, Fork, Remap, Remove, Unmap
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class UffdDoor:
     """Reads one userfaultfd. The descriptor stays the installer's, which lets it go when every page is in."""
 
     name = "uffd"
+    listens = False
 
     def __init__(self, uffd: Userfaultfd, addresses: AddressMap) -> None:
         self._uffd = uffd
@@ -49,6 +50,9 @@ class UffdDoor:
         """Deliver everything that is queued now."""
         if self._loop is not None:
             self._readable()
+
+    def settled(self, first: int, pages: int, how: Settled) -> None:
+        """Nothing: installing wakes who waits."""
 
     def close(self) -> None:
         """Stop delivering."""

@@ -63,6 +63,13 @@ class UffdInstaller:
                 return done, how
         return done, Placed.DONE
 
+    def touched_again(self, first: int, pages: int) -> tuple[int, Placed]:
+        """Offer zeroes, which the kernel takes only where nothing is."""
+        placed, how = self.zero(first, pages)
+        if how is Placed.PRESENT:
+            self.wake(first, pages)
+        return placed, how
+
     def poison(self, first: int, pages: int) -> tuple[int, Placed]:
         """Poison pages."""
         return self._each_span(first, pages, self._uffd.poison)

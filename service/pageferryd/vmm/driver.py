@@ -31,6 +31,14 @@ class Description:
     pid: int
 
 
+@dataclass(frozen=True)
+class FaultEndpoint:
+    """Where a VMM forwards faults that no userfaultfd sees: a Unix socket, and the secret to show there."""
+
+    socket_path: str
+    token: bytes
+
+
 class VmmDriver(Protocol):
     """One VMM. Every method may raise FerryError: VMM_UNREACHABLE, VMM_FAILED, or a reason of the VMM's own.
 
@@ -40,8 +48,8 @@ class VmmDriver(Protocol):
     async def describe(self) -> Description:
         """Tell what there is. FerryError(LAYOUT_INVALID) where it cannot be."""
 
-    async def attach_pager(self, socket_path: str) -> None:
-        """Make an incoming VMM hand its memory over at a Unix socket."""
+    async def attach_pager(self, socket_path: str, faults: FaultEndpoint) -> None:
+        """Make an incoming VMM hand its memory over at a Unix socket, and tell it where its vCPUs' exits go."""
 
     async def pause(self) -> None:
         """Stop the guest; its memory does not change any more."""

@@ -15,7 +15,7 @@ from pageferryd.core.errors import LayoutError
 from pageferryd.core.layout import Layout, Region
 from pageferryd.linux.pidfd import PidFd
 from pageferryd.linux.unix_peer import listener_pid
-from pageferryd.vmm.driver import Activity, Description
+from pageferryd.vmm.driver import Activity, Description, FaultEndpoint
 
 DRIVER = "vmm"
 _QUICK_SECONDS = 5.0
@@ -41,8 +41,7 @@ class VmmServiceDriver:
 
     async def describe(self) -> Description:
         """Ask for layout, locations and state; the process id is the listener's, as the kernel knows it."""
-        # A VMM that does not accept would hold up the loop.
-        self._pid = await asyncio.to_thread(listener_pid, self._path, _QUICK_SECONDS)
+        self._pid = listener_pid(self._path, _QUICK_SECONDS)
         answer = await self._call(self._stub.DescribeMemory, vmm_pb2.DescribeMemoryRequest())
         activity = _ACTIVITIES.get(answer.state)
         if activity is None:
@@ -61,9 +60,12 @@ class VmmServiceDriver:
             )
         return Description(layout, tuple(answer.locations), activity, self._pid)
 
-    async def attach_pager(self, socket_path: str) -> None:
+    async def attach_pager(self, socket_path: str, faults: FaultEndpoint) -> None:
         """Have the memory handed over."""
-        await self._call(self._stub.AttachPager, vmm_pb2.AttachPagerRequest(socket_path=socket_path), _STATE_SECONDS)
+        request = vmm_pb2.AttachPagerRequest(
+            socket_path=socket_path, fault_socket_path=faults.socket_path, fault_token=faults.token
+        )
+        await self._call(self._stub.AttachPager, request, _STATE_SECONDS)
 
     async def pause(self) -> None:
         """Stop the guest."""

@@ -1,0 +1,76 @@
+"""Where a guest's VMM forwards its vCPUs' exits: a Unix socket of its own, or the hand-off's connection."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import grpc
+
+from pageferry.channel import SERVER_OPTIONS
+from pageferry.errors import FerryError, Reason
+from pageferry.v1 import fault_pb2_grpc
+from pageferryd.destination.fault_service import TOKEN_BYTES, FaultServicer
+from pageferryd.destination.json_faults import JsonFaults
+from pageferryd.server import Guard
+from pageferryd.vmm.driver import FaultEndpoint
+
+if TYPE_CHECKING:
+    from pageferryd.config import Settings
+    from pageferryd.destination.exit_door import ExitDoor
+    from pageferryd.destination.handed_over import Handoff
+    from pageferryd.destination.session import Session
+
+
+class Faults:
+    """One guest's. The socket belongs to the VMM's user, and whoever calls must show the VMM's secret."""
+
+    def __init__(self, path: Path, server: grpc.aio.Server, servicer: FaultServicer, token: bytes) -> None:
+        self.endpoint = FaultEndpoint(str(path), token)
+        self._path = path
+        self._server = server
+        self._servicer = servicer
+        self._json: JsonFaults | None = None
+
+    @classmethod
+    async def start(cls, settings: Settings, name: str, pid: int) -> Self:
+        """Listen for the VMM of process `pid`; faults are refused until `connect`. FerryError(PERMISSION_MISSING)."""
+        token = secrets.token_bytes(TOKEN_BYTES)
+        servicer = FaultServicer(token)
+        server = grpc.aio.server(interceptors=[Guard(settings)], options=SERVER_OPTIONS)
+        fault_pb2_grpc.add_FaultServiceServicer_to_server(servicer, server)
+        path = settings.runtime_dir / f"faults-{name}.sock"
+        try:
+            _bind(server, path, pid)
+        except (RuntimeError, OSError) as error:
+            await server.stop(None)
+            raise FerryError(Reason.PERMISSION_MISSING, f"cannot serve the VMM's faults at {path}: {error}") from error
+        await server.start()
+        return cls(path, server, servicer, token)
+
+    def connect(self, door: ExitDoor, session: Session, handoff: Handoff) -> None:
+        """Take faults for this door from now on."""
+        self._servicer.connect(door, session.convert)
+        self._json = JsonFaults(handoff.connection, door, handoff.layout)
+        self._json.open()
+
+    async def stop(self) -> None:
+        """Stop, and remove the socket."""
+        if self._json is not None:
+            self._json.close()
+        await self._server.stop(None)
+        self._path.unlink(missing_ok=True)
+
+
+def _bind(server: grpc.aio.Server, path: Path, pid: int) -> None:
+    path.unlink(missing_ok=True)
+    before = os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{path}")
+    finally:
+        os.umask(before)
+    owner = Path(f"/proc/{pid}").stat().st_uid
+    if owner != os.geteuid():
+        os.chown(path, owner, -1)

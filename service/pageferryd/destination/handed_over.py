@@ -1,0 +1,129 @@
+"""What a VMM hands over: a userfaultfd, or its memory file with a userfault bitmap, or all three.
+
+The three-descriptor form is that of Firecracker's branch for guest_memfd: userfaultfd, memory file, bitmap, in this
+order; without a userfaultfd the other two.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from pageferry.errors import FerryError, Reason
+from pageferryd.core.layout import PAGE_SIZE, Layout, Region
+from pageferryd.destination.exit_door import ExitDoor
+from pageferryd.destination.memfd_installer import MemfdInstaller
+from pageferryd.destination.uffd_door import UffdDoor
+from pageferryd.destination.uffd_installer import UffdInstaller
+from pageferryd.destination.userfault_bitmap import UserfaultBitmap
+from pageferryd.linux.memory_file import MemoryFile
+from pageferryd.linux.userfaultfd import Userfaultfd
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Sequence
+
+    from pageferryd.destination.address_map import AddressMap
+    from pageferryd.destination.door import FaultDoor
+    from pageferryd.destination.installer import Installer
+
+MAX_FDS = 3
+_LARGEST_UFFD_PAGE = 512 << 20
+_USERFAULTFD = "anon_inode:[userfaultfd]"
+
+
+class Handoff(NamedTuple):
+    """What a VMM handed over; `connection` stays open until the guest no longer needs the pager.
+
+    `layout` is how its pages are installed: whole huge pages through a userfaultfd, 4 KiB through the memory file.
+    """
+
+    uffd: Userfaultfd | None
+    addresses: AddressMap
+    connection: socket.socket
+    layout: Layout
+    memory: MemoryFile | None = None
+    bitmap: UserfaultBitmap | None = None
+
+    def installer(self) -> Installer:
+        """Return what places the pages; it owns the descriptors from then on."""
+        if self.memory is not None and self.bitmap is not None:
+            return MemfdInstaller(self.memory, self.bitmap, self.addresses, self.uffd)
+        if self.uffd is None:
+            raise FerryError(Reason.HANDOFF_NO_FD, "the hand-off has neither a userfaultfd nor a memory file")
+        return UffdInstaller(self.uffd, self.addresses)
+
+    def doors(self) -> tuple[ExitDoor, Sequence[FaultDoor]]:
+        """Return the exit door, through which any guest's VMM may forward faults, and all doors."""
+        exit_door = ExitDoor(self.layout)
+        if self.uffd is None:
+            return exit_door, [exit_door]
+        return exit_door, [UffdDoor(self.uffd, self.addresses), exit_door]
+
+    def close(self) -> None:
+        """Let all of it go."""
+        for owned in (self.uffd, self.memory, self.bitmap):
+            if owned is not None:
+                owned.close()
+        self.connection.close()
+
+
+def assemble(fds: list[int], addresses: AddressMap, connection: socket.socket) -> Handoff:
+    """Make a hand-off of its descriptors, which are taken out of `fds` one by one as they find an owner.
+
+    FerryError: HANDOFF_NO_FD where they are none of the forms, HANDOFF_REGIONS where they do not fit the guest.
+    """
+    layout = addresses.layout
+    guards = [fd for fd in fds if _is_userfaultfd(fd)]
+    files = [fd for fd in fds if fd not in guards]
+    if len(guards) > 1 or len(files) not in (0, 2) or not fds:
+        raise FerryError(
+            Reason.HANDOFF_NO_FD,
+            f"the hand-off came with {len(guards)} userfaultfds and {len(files)} other descriptors; it needs a "
+            "userfaultfd, or a memory file and its bitmap, or all three",
+        )
+    owned: list[Any] = []
+    try:
+        uffd = _own(fds, guards[0], Userfaultfd.adopt, owned) if guards else None
+        if uffd is not None:
+            _refuse_giant_pages(layout)
+        if not files:
+            return Handoff(uffd, addresses, connection, layout)
+        size = layout.page_count * PAGE_SIZE
+        memory = _own(fds, files[0], lambda fd: MemoryFile(fd, size), owned)
+        bitmap = _own(fds, files[1], lambda fd: UserfaultBitmap(fd, layout.page_count), owned)
+    except BaseException:
+        for one in owned:
+            one.close()
+        raise
+    return Handoff(uffd, addresses, connection, layout if uffd is not None else _small(layout), memory, bitmap)
+
+
+_Owner = TypeVar("_Owner", Userfaultfd, MemoryFile, UserfaultBitmap)
+
+
+def _own(fds: list[int], fd: int, make: Callable[[int], _Owner], owned: list[Any]) -> _Owner:
+    """Give a descriptor to the object that owns it from now on."""
+    owner = make(fd)
+    fds.remove(fd)
+    owned.append(owner)
+    return owner
+
+
+def _is_userfaultfd(fd: int) -> bool:
+    return str(Path(f"/proc/self/fd/{fd}").readlink()) == _USERFAULTFD
+
+
+def _refuse_giant_pages(layout: Layout) -> None:
+    for region in layout.regions:
+        if region.page_size > _LARGEST_UFFD_PAGE:
+            raise FerryError(
+                Reason.HANDOFF_REGIONS,
+                f"the region at {region.guest_address:#x} has pages of {region.page_size >> 30} GiB, and a userfaultfd "
+                "takes them only whole: one access would wait for all of it; hand over the memory file with a "
+                "userfault bitmap instead, and forward the vCPUs' exits (the exit door)",
+            )
+
+
+def _small(layout: Layout) -> Layout:
+    return Layout([Region(region.guest_address, region.size) for region in layout.regions])

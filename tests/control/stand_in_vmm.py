@@ -1,0 +1,111 @@
+"""A VMM in this process, behind the driver's interface: remembers its calls, and waits or fails where a test says so."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import defaultdict
+
+from pageferry.errors import FerryError
+from pageferry.v1 import memory_pb2
+from pageferry.vmm.handoff import PagerLink
+from pageferry.vmm.memory import GuestMemory
+from pageferryd.core.layout import PAGE_SIZE, Layout, Region
+from pageferryd.vmm.driver import Activity, Description
+
+PAGES = 16
+
+
+class Gate:
+    """Where a call waits until it is opened; `reached` is set while one waits."""
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+        self.opened = asyncio.Event()
+
+    async def passed(self) -> None:
+        self.reached.set()
+        await self.opened.wait()
+
+    async def until_reached(self) -> None:
+        await asyncio.wait_for(self.reached.wait(), 10)
+
+
+class StandInVmm:
+    """Both the VMM and its driver. `failures[call]` is raised by that call, `gates[call]` is passed in it."""
+
+    def __init__(self, activity: Activity = Activity.RUNNING, pages: int = PAGES) -> None:
+        self.activity = activity
+        self.layout = Layout([Region(0, pages * PAGE_SIZE)])
+        self.memory = GuestMemory(pages * PAGE_SIZE)
+        self.calls: list[str] = []
+        self.failures: dict[str, BaseException] = {}
+        self.gates: dict[str, Gate] = defaultdict(Gate)
+        self.gated: set[str] = set()
+        self.loaded: bytes | None = None
+        self.killed = False
+        self.closed = False
+        self.link: PagerLink | None = None
+
+    @property
+    def runs(self) -> bool:
+        return self.activity is Activity.RUNNING and not self.killed
+
+    def gate(self, call: str) -> Gate:
+        self.gated.add(call)
+        return self.gates[call]
+
+    async def _do(self, call: str) -> None:
+        self.calls.append(call)
+        if call in self.gated:
+            await self.gates[call].passed()
+        failure = self.failures.get(call)
+        if failure is not None:
+            raise failure
+
+    async def describe(self) -> Description:
+        await self._do("describe")
+        location = memory_pb2.MemoryLocation(process=memory_pb2.ProcessMemory(address=self.memory.address))
+        locations = [location] if self.activity is not Activity.INCOMING else []
+        return Description(self.layout, locations, self.activity, os.getpid())
+
+    async def attach_pager(self, socket_path: str) -> None:
+        await self._do("attach_pager")
+        self.link = await asyncio.to_thread(PagerLink.open, socket_path, self.memory)
+
+    async def pause(self) -> None:
+        await self._do("pause")
+        self.activity = Activity.PAUSED
+
+    async def save_state(self) -> bytes:
+        await self._do("save_state")
+        return b"state"
+
+    async def load_state(self, state: bytes) -> None:
+        await self._do("load_state")
+        self.loaded = state
+
+    async def resume(self) -> None:
+        await self._do("resume")
+        self.activity = Activity.RUNNING
+
+    async def detach_pager(self) -> None:
+        await self._do("detach_pager")
+
+    async def kill(self) -> None:
+        await self._do("kill")
+        self.killed = True
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def free(self) -> None:
+        """Let its memory go, when the test is over."""
+        if self.link is not None:
+            self.link.close()
+        self.memory.close()
+
+
+def ferry_error(error: BaseException | None) -> FerryError:
+    assert isinstance(error, FerryError), error
+    return error
