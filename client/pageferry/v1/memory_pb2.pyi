@@ -33,6 +33,10 @@ class _PageKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PageKind.Val
     """Pages of zeroes or holes: no bytes follow."""
     PAGE_KIND_POISONED: _PageKind.ValueType  # 3
     """Pages that the source cannot read: no bytes follow, and an access must fail like a memory error."""
+    PAGE_KIND_PRIVATE: _PageKind.ValueType  # 4
+    """Pages that are private to the guest and whose bytes follow: the destination's VMM imports them."""
+    PAGE_KIND_PRIVATE_ZERO: _PageKind.ValueType  # 5
+    """Private pages of zeroes: no bytes follow; the destination's VMM makes them private."""
 
 class PageKind(_PageKind, metaclass=_PageKindEnumTypeWrapper):
     """PageKind says what a run of pages consists of."""
@@ -45,6 +49,10 @@ PAGE_KIND_ZERO: PageKind.ValueType  # 2
 """Pages of zeroes or holes: no bytes follow."""
 PAGE_KIND_POISONED: PageKind.ValueType  # 3
 """Pages that the source cannot read: no bytes follow, and an access must fail like a memory error."""
+PAGE_KIND_PRIVATE: PageKind.ValueType  # 4
+"""Pages that are private to the guest and whose bytes follow: the destination's VMM imports them."""
+PAGE_KIND_PRIVATE_ZERO: PageKind.ValueType  # 5
+"""Private pages of zeroes: no bytes follow; the destination's VMM makes them private."""
 Global___PageKind: _TypeAlias = PageKind  # noqa: Y015
 
 @_typing.final

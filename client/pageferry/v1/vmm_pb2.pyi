@@ -222,6 +222,53 @@ class SaveStateResponse(_message.Message):
 Global___SaveStateResponse: _TypeAlias = SaveStateResponse  # noqa: Y015
 
 @_typing.final
+class ListPrivatePagesRequest(_message.Message):
+    """ListPrivatePagesRequest asks for the private pages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPrivatePagesRequest: _TypeAlias = ListPrivatePagesRequest  # noqa: Y015
+
+@_typing.final
+class ListPrivatePagesResponse(_message.Message):
+    """ListPrivatePagesResponse lists them, as two columns, numbered alike. At most a million ranges."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_ADDRESSES_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def guest_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """First guest-physical address of each range, in bytes; a multiple of 4096."""
+
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Length of each range, in bytes; a multiple of 4096."""
+
+    def __init__(
+        self,
+        *,
+        guest_addresses: _abc.Iterable[_builtins.int] | None = ...,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_addresses", b"guest_addresses", "sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPrivatePagesResponse: _TypeAlias = ListPrivatePagesResponse  # noqa: Y015
+
+@_typing.final
 class LoadStateRequest(_message.Message):
     """LoadStateRequest carries the state."""
 

@@ -56,6 +56,11 @@ class VmmServiceStub:
                 request_serializer=pageferry_dot_v1_dot_vmm__pb2.SaveStateRequest.SerializeToString,
                 response_deserializer=pageferry_dot_v1_dot_vmm__pb2.SaveStateResponse.FromString,
                 _registered_method=True)
+        self.ListPrivatePages = channel.unary_unary(
+                '/pageferry.v1.VmmService/ListPrivatePages',
+                request_serializer=pageferry_dot_v1_dot_vmm__pb2.ListPrivatePagesRequest.SerializeToString,
+                response_deserializer=pageferry_dot_v1_dot_vmm__pb2.ListPrivatePagesResponse.FromString,
+                _registered_method=True)
         self.LoadState = channel.unary_unary(
                 '/pageferry.v1.VmmService/LoadState',
                 request_serializer=pageferry_dot_v1_dot_vmm__pb2.LoadStateRequest.SerializeToString,
@@ -112,6 +117,14 @@ class VmmServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListPrivatePages(self, request, context):
+        """ListPrivatePages tells which pages of the paused guest are private to it. A VMM without such pages need not
+        implement it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def LoadState(self, request, context):
         """LoadState loads a device state into an incoming VMM. It may touch guest memory: faults are served by then.
         """
@@ -162,6 +175,11 @@ def add_VmmServiceServicer_to_server(servicer, server):
                     servicer.SaveState,
                     request_deserializer=pageferry_dot_v1_dot_vmm__pb2.SaveStateRequest.FromString,
                     response_serializer=pageferry_dot_v1_dot_vmm__pb2.SaveStateResponse.SerializeToString,
+            ),
+            'ListPrivatePages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPrivatePages,
+                    request_deserializer=pageferry_dot_v1_dot_vmm__pb2.ListPrivatePagesRequest.FromString,
+                    response_serializer=pageferry_dot_v1_dot_vmm__pb2.ListPrivatePagesResponse.SerializeToString,
             ),
             'LoadState': grpc.unary_unary_rpc_method_handler(
                     servicer.LoadState,
@@ -294,6 +312,33 @@ class VmmService:
             '/pageferry.v1.VmmService/SaveState',
             pageferry_dot_v1_dot_vmm__pb2.SaveStateRequest.SerializeToString,
             pageferry_dot_v1_dot_vmm__pb2.SaveStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPrivatePages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pageferry.v1.VmmService/ListPrivatePages',
+            pageferry_dot_v1_dot_vmm__pb2.ListPrivatePagesRequest.SerializeToString,
+            pageferry_dot_v1_dot_vmm__pb2.ListPrivatePagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,10 @@ class VmmServiceStub:
     """Pause stops every vCPU and device thread. When it answers, nothing changes the guest's memory any more."""
     SaveState: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.SaveStateRequest, _vmm_pb2.SaveStateResponse]
     """SaveState gives the device state of the paused guest, without its memory."""
+    ListPrivatePages: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.ListPrivatePagesRequest, _vmm_pb2.ListPrivatePagesResponse]
+    """ListPrivatePages tells which pages of the paused guest are private to it. A VMM without such pages need not
+    implement it.
+    """
     LoadState: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.LoadStateRequest, _vmm_pb2.LoadStateResponse]
     """LoadState loads a device state into an incoming VMM. It may touch guest memory: faults are served by then."""
     Resume: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.ResumeRequest, _vmm_pb2.ResumeResponse]
@@ -71,6 +75,10 @@ class VmmServiceAsyncStub(VmmServiceStub):
     """Pause stops every vCPU and device thread. When it answers, nothing changes the guest's memory any more."""
     SaveState: _aio.UnaryUnaryMultiCallable[_vmm_pb2.SaveStateRequest, _vmm_pb2.SaveStateResponse]  # type: ignore[assignment]
     """SaveState gives the device state of the paused guest, without its memory."""
+    ListPrivatePages: _aio.UnaryUnaryMultiCallable[_vmm_pb2.ListPrivatePagesRequest, _vmm_pb2.ListPrivatePagesResponse]  # type: ignore[assignment]
+    """ListPrivatePages tells which pages of the paused guest are private to it. A VMM without such pages need not
+    implement it.
+    """
     LoadState: _aio.UnaryUnaryMultiCallable[_vmm_pb2.LoadStateRequest, _vmm_pb2.LoadStateResponse]  # type: ignore[assignment]
     """LoadState loads a device state into an incoming VMM. It may touch guest memory: faults are served by then."""
     Resume: _aio.UnaryUnaryMultiCallable[_vmm_pb2.ResumeRequest, _vmm_pb2.ResumeResponse]  # type: ignore[assignment]
@@ -118,6 +126,16 @@ class VmmServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_vmm_pb2.SaveStateResponse, _abc.Awaitable[_vmm_pb2.SaveStateResponse]]:
         """SaveState gives the device state of the paused guest, without its memory."""
+
+    @_abc_1.abstractmethod
+    def ListPrivatePages(
+        self,
+        request: _vmm_pb2.ListPrivatePagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vmm_pb2.ListPrivatePagesResponse, _abc.Awaitable[_vmm_pb2.ListPrivatePagesResponse]]:
+        """ListPrivatePages tells which pages of the paused guest are private to it. A VMM without such pages need not
+        implement it.
+        """
 
     @_abc_1.abstractmethod
     def LoadState(

@@ -52,7 +52,7 @@ class Faults:
 
     def connect(self, door: ExitDoor, session: Session, handoff: Handoff) -> None:
         """Take faults for this door from now on."""
-        self._servicer.connect(door, session.convert)
+        self._servicer.connect(door, session)
         self._json = JsonFaults(handoff.connection, door, handoff.layout)
         self._json.open()
 

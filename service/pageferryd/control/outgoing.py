@@ -14,6 +14,7 @@ from pageferry.errors import FerryError, Reason
 from pageferry.v1 import incoming_pb2, migration_pb2
 from pageferryd.control.peer import PROTOCOL_VERSION, Destination
 from pageferryd.control.view import layout_to_proto, migration_of
+from pageferryd.core.errors import CoreError
 from pageferryd.core.lifecycle import State
 from pageferryd.source.memory import SourceMemory
 from pageferryd.source.served import TOKEN_BYTES, Served
@@ -114,23 +115,24 @@ class Outgoing:
     async def _run(self) -> None:
         record = self.record
         try:
-            await self._hand_over(await self._prepare())
+            await self._prepare()
+            await self._hand_over()
             await self._commit()
             await self._see_through()
         except asyncio.CancelledError:
             # By `stop` alone. Raised on, it would stay with the task, and keep the connections of its frames open.
             if not self._committed:
                 await self._undo(FerryError(Reason.CANCELLED, "the migration was taken back"), State.CANCELLED)
-        except FerryError as error:
-            await self._fail(error)
+        except (FerryError, CoreError) as error:
+            await self._fail(error if isinstance(error, FerryError) else FerryError(Reason(error.reason), str(error)))
         except Exception as error:
             _log.exception("migration_broke", migration=record.migration_id)
             await self._fail(FerryError(Reason.INTERNAL, f"{type(error).__name__}: {error}"))
         finally:
             await self._let_go()
 
-    async def _prepare(self) -> bytes:
-        """Ready both ends; return the device state of the guest, which stands still then."""
+    async def _prepare(self) -> None:
+        """Ready both ends; the guest runs on."""
         record, guest = self.record, self._guest
         record.lifecycle.to(State.PREPARING)
         description = await guest.driver.describe()
@@ -150,10 +152,6 @@ class Outgoing:
             # They were changed meanwhile.
             self._announced = record.limits
             await self._peer().limit(record.limits)
-        record.lifecycle.to(State.HANDING_OVER)
-        self._paused_at = time.monotonic()
-        await guest.driver.pause()
-        return await guest.driver.save_state()
 
     async def _offer(self, description: Description) -> None:
         """Offer the memory, and have the destination's VMM readied for it."""
@@ -177,9 +175,16 @@ class Outgoing:
         )
         await self._peer().prepare(request, self._around.settings.limits.prepare_timeout + 5.0)
 
-    async def _hand_over(self, state: bytes) -> None:
+    async def _hand_over(self) -> None:
+        """Stop the guest, and send what it is beside its memory."""
+        driver = self._guest.driver
+        self.record.lifecycle.to(State.HANDING_OVER)
+        self._paused_at = time.monotonic()
+        await driver.pause()
+        state, private = await asyncio.gather(driver.save_state(), driver.private_pages())
         if self.served is not None:
-            self.served.open()
+            layout = self.served.layout
+            self.served.open(layout.run_at(address, size) for address, size in private)
         await self._peer().hand_over(state, self._around.settings.limits.handover_timeout)
 
     async def _commit(self) -> None:

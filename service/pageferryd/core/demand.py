@@ -205,6 +205,15 @@ class DemandQueue:
                 ended.append(_times(waiter, now))
         return ended
 
+    def again(self, first: int, pages: int) -> None:
+        """Pages that had arrived are worthless: those that are waited for have to be requested once more."""
+        for page in range(first, first + pages):
+            self._pages_under_way.pop(page, None)
+            waiter = self._waiters.get(page)
+            if waiter is not None and page not in self._unsent:
+                waiter.sent = waiter.arrived = 0.0
+                self._unsent.append(page)
+
     def lost(self) -> None:
         """The lane is gone: every unanswered request has to be made again, the waiting pages first."""
         self._under_way.clear()

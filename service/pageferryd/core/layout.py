@@ -86,6 +86,17 @@ class Layout:
         """Return the first page number behind the region that holds the page, which must be in the layout."""
         return self.stops[bisect_right(self.starts, page) - 1]
 
+    def run_at(self, guest_address: int, size: int) -> tuple[int, int]:
+        """Return the pages of a guest-physical range, as (first, pages).
+
+        Raises PageRangeError unless it consists of whole pages inside one region.
+        """
+        for region, start in zip(self.regions, self.starts, strict=True):
+            offset = guest_address - region.guest_address
+            if offset >= 0 and size > 0 and offset + size <= region.size and not offset % PAGE_SIZE | size % PAGE_SIZE:
+                return start + offset // PAGE_SIZE, size // PAGE_SIZE
+        raise PageRangeError(f"{size} bytes at {guest_address:#x} are not whole pages within one region of the guest")
+
     def pieces(self, first: int, count: int) -> Iterator[Piece]:
         """Cut a run at the borders of regions."""
         self.check(first, count)

@@ -18,7 +18,7 @@ from pageferryd.core.page_map import PageMap, PageState
 from pageferryd.core.prefetch import FaultAround
 from pageferryd.core.push_order import PushOrder, PushRequest
 from pageferryd.core.push_window import PushWindow
-from pageferryd.core.runs import RAW, Run, raw_pages
+from pageferryd.core.runs import WITH_BYTES, Run, raw_pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -210,9 +210,14 @@ class Pager:
             self.counts.demand_pages += new
         else:
             self.counts.push_pages += new
-        if run.kind != RAW:
+        if run.kind not in WITH_BYTES:
             self.counts.zero_pages += new
         return self._ended(run.first, run.pages, now)
+
+    def not_installed(self, first: int, pages: int) -> None:
+        """A run that had arrived could not be put in place: its pages are asked for again, the waiting ones first."""
+        self._order.settled(first, pages)
+        self._demand.again(first, pages)
 
     def poisoned(self, run: Run, now: float) -> list[FaultTimes]:
         """A run of missing pages was poisoned; return the faults that this answered."""

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 RAW = 1
 ZERO = 2
 POISONED = 3
-_KINDS = frozenset({RAW, ZERO, POISONED})
+PRIVATE = 4
+PRIVATE_ZERO = 5
+_KINDS = frozenset({RAW, ZERO, POISONED, PRIVATE, PRIVATE_ZERO})
+WITH_BYTES = frozenset({RAW, PRIVATE})
+"""Kinds of which each page comes with its 4096 bytes."""
 
 MAX_RUNS = 16384
 """Most runs in one message."""
@@ -61,7 +65,7 @@ def raw_pages(runs: Sequence[Run]) -> int:
     """Return how many pages of the runs are raw."""
     pages = 0
     for run in runs:
-        if run.kind == RAW:
+        if run.kind in WITH_BYTES:
             pages += run.pages
     return pages
 
@@ -169,7 +173,7 @@ def _check(runs: list[Run], size: int) -> None:
     for run in runs:
         if run.kind not in _KINDS or not run.pages:
             raise MalformedPagesError(f"a run of pages at {run.first} has kind {run.kind} and length {run.pages}")
-        if run.kind == RAW:
+        if run.kind in WITH_BYTES:
             raw += run.pages
     if raw * PAGE_SIZE != size:
         raise MalformedPagesError(f"{raw} raw pages came with {size} bytes instead of {raw * PAGE_SIZE}")

@@ -41,18 +41,15 @@ class ExitDoor:
     listens = True
 
     def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._regions = sorted(
-            (region.guest_address, region.size, start)
-            for region, start in zip(layout.regions, layout.starts, strict=True)
-        )
+        self.layout = layout
         self._deliver: Callable[[DoorEvents], None] | None = None
+        self._failed: Callable[[Exception], None] = lambda _error: None
         self._waiting: dict[int, list[_Waiting]] = {}
         self._count = 0
 
-    def open(self, deliver: Callable[[DoorEvents], None], _failed: Callable[[Exception], None]) -> None:
+    def open(self, deliver: Callable[[DoorEvents], None], failed: Callable[[Exception], None]) -> None:
         """Begin to deliver."""
-        self._deliver = deliver
+        self._deliver, self._failed = deliver, failed
 
     def drain(self) -> None:
         """Nothing is queued here: a fault is delivered when it is forwarded."""
@@ -60,20 +57,6 @@ class ExitDoor:
     def close(self) -> None:
         """Stop delivering; who waits is not answered."""
         self._deliver = None
-
-    def run_at(self, guest_address: int, size: int) -> tuple[int, int]:
-        """Return the pages of a guest-physical range, as (first, pages).
-
-        FerryError: PAGE_OUT_OF_RANGE outside the guest's memory, INVALID_ARGUMENT where it is not whole pages.
-        """
-        if guest_address % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
-            raise FerryError(Reason.INVALID_ARGUMENT, f"{size} bytes at {guest_address:#x} are not whole pages")
-        for start, length, first in self._regions:
-            if start <= guest_address and guest_address + size <= start + length:
-                return first + (guest_address - start) // PAGE_SIZE, size // PAGE_SIZE
-        raise FerryError(
-            Reason.PAGE_OUT_OF_RANGE, f"{size} bytes at {guest_address:#x} are not within one region of the guest"
-        )
 
     def fault(self, first: int, pages: int, answer: Callable[[Settled], None]) -> Callable[[], None]:
         """Take a fault; `answer` is called once when it is settled, perhaps before this returns.
@@ -93,7 +76,11 @@ class ExitDoor:
         for page in waiting.pages:
             self._waiting.setdefault(page, []).append(waiting)
         self._count += 1
-        self._deliver(DoorEvents((), range(first, first + pages), time.monotonic()))
+        try:
+            self._deliver(DoorEvents((), range(first, first + pages), time.monotonic()))
+        except (FerryError, OSError) as error:
+            self._failed(error)
+            raise
         return lambda: self._forget(waiting)
 
     def settled(self, first: int, pages: int, how: Settled) -> None:

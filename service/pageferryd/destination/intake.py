@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pageferryd.destination.door import DoorEvents
     from pageferryd.destination.placer import Placer
 
+SHARED_DOOR = "uffd"
+"""The door that sees accesses to shared memory alone: a userfaultfd guards a mapping, and private pages have none."""
+
 CLASSES = {
     Answer.FETCH: "missing",
     Answer.JOINED: "joined",
@@ -49,7 +52,10 @@ class FaultIntake:
         now = self._clock()
         for first, pages in events.discards:
             self.discard(first, pages, now)
+        shared_only = door == SHARED_DOOR
         for page in events.faults:
+            if shared_only:
+                self._placer.touched_shared.add(page)
             answer = self._pager.fault(page, now, events.seen)
             self.counts[door, CLASSES[answer]] += 1
             if answer is Answer.ZERO:

@@ -9,9 +9,11 @@ import structlog
 
 from pageferry.errors import FerryError, Reason
 from pageferryd.core.layout import PAGE_SIZE
+from pageferryd.core.page_set import PageSet
 from pageferryd.core.pager import Lane
-from pageferryd.core.runs import POISONED, RAW, ZERO, Run
+from pageferryd.core.runs import POISONED, PRIVATE, PRIVATE_ZERO, RAW, WITH_BYTES, ZERO, Run
 from pageferryd.destination.door import Settled
+from pageferryd.destination.imports import ImportDesk
 from pageferryd.destination.installer import Placed
 from pageferryd.destination.staging import Staging
 
@@ -30,14 +32,16 @@ SLICE_PAGES = 256
 """Most pages placed in one go: a fault waits at most that long for the event loop."""
 
 
-_COUNTED = {
-    (kind, lane): (lane.value, name)
-    for lane in Lane
-    for kind, name in ((RAW, "raw"), (ZERO, "zero"), (POISONED, "poisoned"))
+_NAMES = {RAW: "raw", ZERO: "zero", POISONED: "poisoned", PRIVATE: "raw", PRIVATE_ZERO: "zero"}
+_COUNTED = {(kind, lane): (lane.value, name) for lane in Lane for kind, name in _NAMES.items()}
+_HOW = {
+    RAW: Settled.INSTALLED,
+    ZERO: Settled.ZERO,
+    POISONED: Settled.POISONED,
+    PRIVATE: Settled.INSTALLED,
+    PRIVATE_ZERO: Settled.ZERO,
 }
-
-
-_HOW = {RAW: Settled.INSTALLED, ZERO: Settled.ZERO, POISONED: Settled.POISONED}
+_PRIVATE = frozenset({PRIVATE, PRIVATE_ZERO})
 
 
 class _Piece(NamedTuple):
@@ -78,11 +82,18 @@ class Placer:
         self._retrying = False
         self.pages: Counter[tuple[str, str]] = Counter()
         """Pages placed, by lane and kind."""
+        self.desk = ImportDesk(self._imported, self._refused)
+        self.private = PageSet(pager.layout.page_count)
+        """Pages that are private to the guest."""
+        self.touched_shared: set[int] = set()
+        """Pages that somebody waits for at a door that sees only accesses to shared memory."""
+        self.shared_accesses = 0
+        """Accesses to the shared side of private pages: they got zeroes, as KVM gives."""
 
     @property
     def behind(self) -> bool:
-        """Whether something that arrived waits for the kernel to take it."""
-        return bool(self._backlog or self._zeroes)
+        """Whether something that arrived waits for the kernel to take it, or for the VMM to import it."""
+        return bool(self._backlog or self._zeroes) or self.desk.full
 
     def place(self, batch: Batch, lane: Lane) -> None:
         """Place a small batch at once."""
@@ -101,7 +112,7 @@ class Placer:
             for first in range(run.first, run.first + run.pages, SLICE_PAGES):
                 pages = min(SLICE_PAGES, run.first + run.pages - first)
                 self._place(_Piece(Run(first, pages, run.kind), batch.message, offset, lane))
-                if run.kind == RAW:
+                if run.kind in WITH_BYTES:
                     offset += pages * PAGE_SIZE
                 if pages == SLICE_PAGES:
                     yield
@@ -131,13 +142,42 @@ class Placer:
             self._pager.duplicate(surplus)
         for first, pages in wanted:
             offset = piece.offset
-            if run.kind == RAW:
+            if run.kind in WITH_BYTES:
                 offset += (first - run.first) * PAGE_SIZE
+            if run.kind in _PRIVATE:
+                self._hand_out(Run(first, pages, run.kind), piece.data, offset, piece.lane)
+                continue
             if self._uniform or self._pager.layout.granule(first)[1] == 1:
                 self._put(Run(first, pages, run.kind), piece.data, offset, piece.lane)
                 continue
             for whole in self._staging.add(Run(first, pages, run.kind), piece.data, offset):
                 self._put(whole.run, whole.data, 0, piece.lane)
+
+    def _hand_out(self, run: Run, data: bytes, offset: int, lane: Lane) -> None:
+        """Give private pages to the VMM; who touched their shared side gets zeroes."""
+        self.private.add(run.first, run.pages)
+        self._pager.duplicate(self.desk.deliver(run, data, offset, lane))
+        stop = run.first + run.pages
+        for page in [page for page in self.touched_shared if run.first <= page < stop]:
+            self._serve_shared_side(page)
+
+    def _serve_shared_side(self, page: int) -> None:
+        self.touched_shared.discard(page)
+        self.shared_accesses += 1
+        _, how = self._install(Run(page, 1, ZERO), b"", 0)
+        if how is Placed.PRESENT:
+            self._installer.wake(page, 1)
+        elif how is Placed.RETRY:
+            self._zeroes.append(page)
+
+    def _imported(self, run: Run, lane: Lane) -> None:
+        """The VMM has a private page in the guest."""
+        if self._pager.wanted(run):
+            self._note(run, lane)
+
+    def _refused(self, page: int) -> None:
+        """The VMM could not import a private page."""
+        self._pager.not_installed(page, 1)
 
     def _put(self, run: Run, data: bytes, offset: int, lane: Lane) -> None:
         """Install a run of missing pages, to its end or to what the kernel cannot take now."""
@@ -217,6 +257,9 @@ class Placer:
 
     def serve_present(self, page: int) -> None:
         """Let who touched a page go on that was installed meanwhile."""
+        if page in self.touched_shared and page in self.private:
+            self._serve_shared_side(page)
+            return
         first, pages = self._pager.layout.granule(page)
         try:
             _, how = self._installer.touched_again(first, pages)
@@ -230,7 +273,9 @@ class Placer:
         self._tell(first, pages, Settled.ZERO if how is Placed.DONE else Settled.PRESENT)
 
     def dropped(self, first: int, pages: int) -> None:
-        """The guest gave pages away: what is staged of them is worthless."""
+        """The guest gave pages away, or converts them: what is staged or delivered of them is worthless."""
+        self.desk.drop(first, pages)
+        self.private.remove(first, pages)
         if not self._uniform:
             self._staging.drop(first, pages)
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pageferryd.core.layout import Layout
     from pageferryd.core.pacing import PacingOptions
     from pageferryd.destination.door import FaultDoor, Settled
+    from pageferryd.destination.imports import ImportEnd
     from pageferryd.destination.installer import Installer
     from pageferryd.destination.lanes import LaneOpener, Lanes
 
@@ -112,6 +113,12 @@ class Session:
         """Try lost lanes again at once instead of after the backoff."""
         self._reconnect_now.set()
 
+    def report_import(self, first: int, pages: int, end: ImportEnd) -> None:
+        """The VMM says how its import of delivered pages ended."""
+        with self._failures():
+            self.placer.desk.report(first, pages, end)
+        self._after_faults()
+
     def convert(self, first: int, pages: int) -> None:
         """The guest converts pages between shared and private: what is under way of them is of the old kind."""
         self.intake.discard(first, pages, self._clock())
@@ -128,20 +135,24 @@ class Session:
         Whatever goes wrong on the lanes pauses the migration, and they are opened again. FerryError when something at
         this host failed, which no new connection repairs; the guest's memory stays guarded then.
         """
-        backoff = self._options.backoff_initial
+        backoff, settled = self._options.backoff_initial, 0
         while True:
             try:
                 if self._lanes is None:
                     self._lanes = await self._opener.open()
                     self.reconnects += 1
                     self._paused(None)
-                    backoff = self._options.backoff_initial
                 await self._serve(self._lanes)
                 return
             except FerryError as error:
                 await self._drop_lanes()
                 self._raise_failure()
+                if self.pager.map.settled.count > settled:
+                    # That a source takes calls does not make it one that gives pages.
+                    settled, backoff = self.pager.map.settled.count, self._options.backoff_initial
                 self._paused(error)
+                # Its frames hold the lanes' workers, which hold it: gRPC kept their connections until all is collected.
+                error.__traceback__ = None
                 _log.warning("lanes_lost", reason=error.reason.value, detail=error.message, retry_in=round(backoff, 3))
             await self._wait_to_reconnect(backoff)
             self._raise_failure()
@@ -289,6 +300,7 @@ class Session:
 
     def _faults_ended(self, ended: list[FaultTimes]) -> None:
         for times in ended:
+            self.placer.touched_shared.discard(times.page)
             self.latencies.observe(times.read, times.queued, times.fetched, times.installed, times.total)
         if self._push_held:
             self._push_work.set()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SERVICE = "pageferry.v1.PageService"
 PUSH_MESSAGE_BYTES = 256 << 10
 """Most bytes of pages in one message of the push lane: what a fault's answer may have to wait behind."""
-_FULL_RUNS = MAX_RUNS // 2
+_FULL_RUNS = MAX_RUNS // 4
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -116,6 +116,7 @@ def _fetch(served: Served, request: Request) -> bytes:
     data: list[bytes | memoryview] = []
     for first, pages in request.runs:
         _collect_whole(memory, first, pages, runs, data)
+    runs = served.marked(runs)
     served.count("demand", runs)
     return encode(runs, data)
 
@@ -136,7 +137,7 @@ async def _push(served: Served, request: Request, context: _Context) -> None:
     for first, pages in request.runs:
         stop = first + pages
         while first < stop and not answer.spent:
-            first = answer.collect(served.readable(), first, stop - first)
+            first = answer.collect(served, first, stop - first)
             if answer.full:
                 await context.write(answer.take(served))
             # Writing does not wait while there is room, nor do pages of zeroes: let the demand lane have its turn.
@@ -158,15 +159,18 @@ class _Answer:
     def full(self) -> bool:
         return self._size >= PUSH_MESSAGE_BYTES or len(self._runs) > _FULL_RUNS
 
-    def collect(self, memory: SourceMemory, first: int, pages: int) -> int:
+    def collect(self, served: Served, first: int, pages: int) -> int:
         """Take pages from `first` on, as many as fit; return the next one."""
-        collected = memory.collect(first, pages, min(self._credit, PUSH_MESSAGE_BYTES - self._size))
+        if served.private.count:
+            # Each page may become a run of its own.
+            pages = min(pages, _FULL_RUNS)
+        collected = served.readable().collect(first, pages, min(self._credit, PUSH_MESSAGE_BYTES - self._size))
         size = sum(map(len, collected.data))
         # Room for less than a page is no room, and a credit that pays for none is spent.
         self.spent = collected.next_page == first and self._credit < PAGE_SIZE
         self._size = self._size + size if collected.next_page > first else PUSH_MESSAGE_BYTES
         self._credit -= size
-        self._runs += collected.runs
+        self._runs += served.marked(collected.runs)
         self._data += collected.data
         return collected.next_page
 

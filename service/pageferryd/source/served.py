@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 
 from pageferry.errors import FerryError, Reason
 from pageferryd.core.layout import PAGE_SIZE
-from pageferryd.core.runs import POISONED, RAW, Run
+from pageferryd.core.page_set import PageSet
+from pageferryd.core.runs import POISONED, PRIVATE, RAW, WITH_BYTES, Run
+from pageferryd.core.sharing import mark_private
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from pageferryd.core.layout import Layout
     from pageferryd.source.memory import SourceMemory
 
 TOKEN_BYTES = 32
-_KINDS = {RAW: "raw", POISONED: "poisoned"}
+_KINDS = {RAW: "raw", PRIVATE: "raw", POISONED: "poisoned"}
 
 
 class Access(Enum):
@@ -48,6 +50,8 @@ class Served:
         self.destination_name = destination_name
         self.layout = layout
         self.access = Access.CLOSED
+        self.private = PageSet(layout.page_count)
+        """Pages that are private to the guest: they cross as such."""
         self.pages: Counter[tuple[str, str]] = Counter()
         """Pages sent, by lane and kind."""
         self.bytes: Counter[str] = Counter()
@@ -61,8 +65,11 @@ class Served:
         if not hmac.compare_digest(token, self._token):
             raise FerryError(Reason.TOKEN_INVALID, f"the token shown is not that of migration {self.migration_id}")
 
-    def open(self) -> None:
-        """Let the memory be read: the guest stands still."""
+    def open(self, private: Iterable[tuple[int, int]] = ()) -> None:
+        """Let the memory be read: the guest stands still. `private` are the runs of its private pages."""
+        for first, pages in private:
+            self.layout.check(first, pages)
+            self.private.add(first, pages)
         self.access = Access.OPEN
 
     def readable(self) -> SourceMemory:
@@ -73,11 +80,15 @@ class Served:
             raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.migration_id}: its memory was released")
         return self._memory
 
+    def marked(self, runs: list[Run]) -> list[Run]:
+        """Return what was read with its private pages marked."""
+        return list(mark_private(runs, self.private)) if self.private.count else runs
+
     def count(self, lane: str, runs: list[Run]) -> None:
         """Count what was sent."""
         for run in runs:
             self.pages[lane, _KINDS.get(run.kind, "zero")] += run.pages
-            if run.kind == RAW:
+            if run.kind in WITH_BYTES:
                 self.bytes[lane] += run.pages * PAGE_SIZE
 
     def complete(self, pages: int) -> None:

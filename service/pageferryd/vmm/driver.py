@@ -57,6 +57,9 @@ class VmmDriver(Protocol):
     async def save_state(self) -> bytes:
         """Return the device state of the stopped guest."""
 
+    async def private_pages(self) -> Sequence[tuple[int, int]]:
+        """Return what of the stopped guest is private to it: (guest address, bytes), page-aligned; none for most."""
+
     async def load_state(self, state: bytes) -> None:
         """Load a device state into an incoming VMM."""
 

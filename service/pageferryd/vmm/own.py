@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -17,10 +17,14 @@ from pageferryd.linux.pidfd import PidFd
 from pageferryd.linux.unix_peer import listener_pid
 from pageferryd.vmm.driver import Activity, Description, FaultEndpoint
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 DRIVER = "vmm"
 _QUICK_SECONDS = 5.0
 _STATE_SECONDS = 60.0
 _EXIT_SECONDS = 5.0
+_MAX_PRIVATE_RANGES = 1 << 20
 
 _ACTIVITIES = {
     vmm_pb2.VMM_STATE_RUNNING: Activity.RUNNING,
@@ -77,6 +81,18 @@ class VmmServiceDriver:
         state: bytes = answer.state
         return state
 
+    async def private_pages(self) -> Sequence[tuple[int, int]]:
+        """Ask for them; a VMM that does not know the call has none."""
+        try:
+            answer = await self._stub.ListPrivatePages(vmm_pb2.ListPrivatePagesRequest(), timeout=_STATE_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                return ()
+            raise self._explain(error) from error
+        if len(answer.guest_addresses) != len(answer.sizes) or len(answer.sizes) > _MAX_PRIVATE_RANGES:
+            raise FerryError(Reason.VMM_FAILED, f"the VMM at {self._path} lists its private pages in uneven columns")
+        return list(zip(answer.guest_addresses, answer.sizes, strict=True))
+
     async def load_state(self, state: bytes) -> None:
         """Load a state."""
         await self._call(self._stub.LoadState, vmm_pb2.LoadStateRequest(state=state), _STATE_SECONDS)
@@ -108,9 +124,12 @@ class VmmServiceDriver:
         try:
             return await method(request, timeout=timeout)
         except grpc.aio.AioRpcError as error:
-            lost = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            told = from_rpc(error, Reason.VMM_UNREACHABLE if lost else Reason.VMM_FAILED)
-            raise FerryError(told.reason, f"the VMM at {self._path}: {told.message}") from error
+            raise self._explain(error) from error
+
+    def _explain(self, error: grpc.aio.AioRpcError) -> FerryError:
+        lost = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        told = from_rpc(error, Reason.VMM_UNREACHABLE if lost else Reason.VMM_FAILED)
+        return FerryError(told.reason, f"the VMM at {self._path}: {told.message}")
 
 
 def _wait_for_exit(pid: int, path: str) -> None:
