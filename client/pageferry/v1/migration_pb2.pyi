@@ -416,6 +416,10 @@ class Progress(_message.Message):
     PREFETCH_LATE_FIELD_NUMBER: _builtins.int
     PUSH_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     RECONNECTS_FIELD_NUMBER: _builtins.int
+    EXIT_FAULTS_FIELD_NUMBER: _builtins.int
+    PRIVATE_PAGES_FIELD_NUMBER: _builtins.int
+    SHARED_ACCESSES_FIELD_NUMBER: _builtins.int
+    HUGE_BYTES_FIELD_NUMBER: _builtins.int
     pages_total: _builtins.int
     """Pages of the guest, 4 KiB each."""
     pages_present: _builtins.int
@@ -450,6 +454,14 @@ class Progress(_message.Message):
     """Push rate over the last second, in bytes a second."""
     reconnects: _builtins.int
     """Times that the lanes were opened again after a loss."""
+    exit_faults: _builtins.int
+    """Of the faults: those that left a vCPU as an exit and were forwarded by the VMM; the others came by userfaultfd."""
+    private_pages: _builtins.int
+    """Pages that are private to the guest, imported by its VMM."""
+    shared_accesses: _builtins.int
+    """Accesses by something other than a vCPU to pages that are private: they got the shared side, zeroes."""
+    huge_bytes: _builtins.int
+    """Bytes of the guest that its VMM has mapped by huge pages again, after the last page came."""
     def __init__(
         self,
         *,
@@ -470,10 +482,14 @@ class Progress(_message.Message):
         prefetch_late: _builtins.int = ...,
         push_bytes_per_second: _builtins.float = ...,
         reconnects: _builtins.int = ...,
+        exit_faults: _builtins.int = ...,
+        private_pages: _builtins.int = ...,
+        shared_accesses: _builtins.int = ...,
+        huge_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand_bytes", b"demand_bytes", "demand_pages", b"demand_pages", "duplicate_pages", b"duplicate_pages", "faults", b"faults", "faults_waiting", b"faults_waiting", "pages_discarded", b"pages_discarded", "pages_poisoned", b"pages_poisoned", "pages_present", b"pages_present", "pages_total", b"pages_total", "prefetch_issued", b"prefetch_issued", "prefetch_late", b"prefetch_late", "prefetch_used", b"prefetch_used", "push_bytes", b"push_bytes", "push_bytes_per_second", b"push_bytes_per_second", "push_pages", b"push_pages", "reconnects", b"reconnects", "zero_pages", b"zero_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand_bytes", b"demand_bytes", "demand_pages", b"demand_pages", "duplicate_pages", b"duplicate_pages", "exit_faults", b"exit_faults", "faults", b"faults", "faults_waiting", b"faults_waiting", "huge_bytes", b"huge_bytes", "pages_discarded", b"pages_discarded", "pages_poisoned", b"pages_poisoned", "pages_present", b"pages_present", "pages_total", b"pages_total", "prefetch_issued", b"prefetch_issued", "prefetch_late", b"prefetch_late", "prefetch_used", b"prefetch_used", "private_pages", b"private_pages", "push_bytes", b"push_bytes", "push_bytes_per_second", b"push_bytes_per_second", "push_pages", b"push_pages", "reconnects", b"reconnects", "shared_accesses", b"shared_accesses", "zero_pages", b"zero_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -91,6 +91,9 @@ def add_session(message: migration_pb2.Migration, session: Session, rate: float)
             prefetch_late=around.late,
             push_bytes_per_second=rate,
             reconnects=session.reconnects,
+            exit_faults=sum(count for (door, _), count in session.intake.counts.items() if door == "exit"),
+            private_pages=session.placer.private.count,
+            shared_accesses=session.placer.shared_accesses,
         )
     )
     message.fault_latencies.extend(
