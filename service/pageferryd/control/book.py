@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import migration_pb2
-from pageferryd.control.incoming import Incoming, figures_of
+from pageferryd.control.figures import figures_of
+from pageferryd.control.incoming import Incoming
 from pageferryd.control.outgoing import Outgoing
 from pageferryd.core.figures import Figures, Gauges
 

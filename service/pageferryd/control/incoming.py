@@ -11,10 +11,10 @@ import structlog
 
 from pageferry.errors import FerryError, Reason
 from pageferryd.control.arrival import Arrival, Waiting
+from pageferryd.control.figures import figures_of
 from pageferryd.control.limits import pacing_options, session_options
 from pageferryd.control.view import RateMeter, add_session, layout_of, migration_of
 from pageferryd.core.errors import LayoutError
-from pageferryd.core.figures import Figures
 from pageferryd.core.lifecycle import State
 from pageferryd.destination.grpc_lanes import GrpcLaneOpener, Source
 from pageferryd.vmm.driver import Activity
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pageferryd.config import Limits, Settings
     from pageferryd.control.record import MigrationRecord
     from pageferryd.control.registry import Guest, GuestRegistry
+    from pageferryd.core.figures import Figures
 
 _log = structlog.get_logger(__name__)
 
@@ -328,24 +329,3 @@ class Incoming:
     @property
     def _limits(self) -> Limits:
         return self._around.settings.limits
-
-
-def figures_of(arrival: Arrival) -> Figures:
-    """Return what one arrival has counted."""
-    session = arrival.session
-    pager = session.pager
-    counts, around = pager.counts, pager.around.counts
-    figures = Figures(
-        duplicate_pages=counts.duplicate_pages,
-        prefetch_issued=around.issued,
-        prefetch_used=around.used,
-        prefetch_late=around.late,
-        push_held_seconds=pager.pacer.held_seconds,
-        reconnects=session.reconnects,
-        discarded_pages=pager.map.discarded.count,
-    )
-    figures.faults.update(session.intake.counts)
-    figures.latencies.add(session.latencies)
-    figures.pages.update(session.placer.pages)
-    figures.bytes.update({"demand": counts.demand_bytes, "push": counts.push_bytes})
-    return figures

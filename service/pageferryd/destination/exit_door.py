@@ -78,8 +78,11 @@ class ExitDoor:
         self._count += 1
         try:
             self._deliver(DoorEvents((), range(first, first + pages), time.monotonic()))
-        except (FerryError, OSError) as error:
-            self._failed(error)
+        except BaseException as error:
+            # Whoever asked is told now, and must not be answered again.
+            self._forget(waiting)
+            if isinstance(error, (FerryError, OSError)):
+                self._failed(error)
             raise
         return lambda: self._forget(waiting)
 
