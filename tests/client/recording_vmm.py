@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from pageferry.vmm import MemoryDescription, ProcessMemory, Region, Vmm, VmmState
+from pageferry.vmm import FaultEndpoint, MemoryDescription, ProcessMemory, Region, Vmm, VmmState
 
 
 class RecordingVmm(Vmm):
@@ -14,6 +14,7 @@ class RecordingVmm(Vmm):
         self.state = state
         self.regions = [Region(0, 1 << 20, location=ProcessMemory(0x1000))]
         self.saved = b"saved"
+        self.private: list[tuple[int, int]] = []
         self.calls: list[object] = []
         self.failures: dict[str, BaseException] = {}
         self.gates: dict[str, asyncio.Event] = {}
@@ -35,6 +36,13 @@ class RecordingVmm(Vmm):
         if "describe" in self.failures:
             raise self.failures.pop("describe")
         return MemoryDescription(self.state, self.regions)
+
+    async def use_fault_service(self, endpoint: FaultEndpoint) -> None:
+        await self._record("use faults", endpoint)
+
+    async def list_private_pages(self) -> list[tuple[int, int]]:
+        await self._record("list private")
+        return self.private
 
     async def attach_pager(self, socket_path: str) -> None:
         await self._record("attach", socket_path)

@@ -17,7 +17,7 @@ from pageferry.guests.kvm.layout import LARGEST, SMALLEST, Layout
 from pageferry.guests.kvm.machine import Machine
 from pageferry.guests.kvm.program import CODE, HOLE_PERIOD, QWORD_STEP, Order, Work, is_hole
 from pageferry.guests.kvm.state import STATE_BYTES, State
-from pageferry.vmm import GuestMemory
+from pageferry.vmm import Backing
 
 PAGE = 4096
 MIB = 1 << 20
@@ -38,10 +38,28 @@ def with_crc(body: bytes) -> bytes:
 
 
 def test_structs_have_the_sizes_of_the_kernel() -> None:
-    sizes = {abi.Regs: 144, abi.Sregs: 312, abi.Segment: 24, abi.UserspaceMemoryRegion: 32, abi.SignalMask: 12}
+    sizes = {
+        abi.Regs: 144,
+        abi.Sregs: 312,
+        abi.Segment: 24,
+        abi.UserspaceMemoryRegion: 32,
+        abi.UserspaceMemoryRegion2: 160,
+        abi.CreateGuestMemfd: 64,
+        abi.MemoryAttributes: 32,
+        abi.EnableCap: 104,
+        abi.SignalMask: 12,
+    }
 
     assert {struct_type: ctypes.sizeof(struct_type) for struct_type in sizes} == sizes
     assert abi.Run.mmio.offset == 32
+    assert abi.Run.memory_fault.offset == 32
+    assert (abi.UserspaceMemoryRegion2.guest_memfd.offset, abi.UserspaceMemoryRegion2.userfault_bitmap.offset) == (
+        40,
+        48,
+    )
+    assert abi.KVM_CREATE_GUEST_MEMFD == 0xC040AED4
+    assert abi.KVM_SET_USER_MEMORY_REGION2 == 0x40A0AE49
+    assert abi.KVM_SET_MEMORY_ATTRIBUTES == 0x4020AED2
     assert abi.KVM_GET_SREGS == 0x8138AE83
     assert abi.KVM_SET_SIGNAL_MASK == 0x4004AE8B
 
@@ -160,14 +178,10 @@ def test_a_state_of_a_guest_with_other_memory_is_refused() -> None:
     [("/nowhere/kvm", "No such file.*kvm_intel or kvm_amd.*process guest"), ("/dev/null", "is it the device of KVM")],
 )
 def test_a_host_without_kvm_is_told_what_to_do(device: str, words: str) -> None:
-    memory, status = GuestMemory(MIB), GuestMemory(PAGE)
-
     with pytest.raises(FerryError, match=f"{device}.*{words}") as refused:
-        Machine(memory, status, lambda _: None, device)
+        Machine(MIB, Backing.ANONYMOUS, lambda _: None, device)
 
     assert refused.value.reason is Reason.VMM_FAILED
-    memory.close()
-    status.close()
 
 
 @pytest.mark.root

@@ -14,7 +14,7 @@ from recording_vmm import RecordingVmm
 from pageferry.channel import open_channel
 from pageferry.errors import FerryError, Reason, from_rpc
 from pageferry.v1 import memory_pb2, vmm_pb2, vmm_pb2_grpc
-from pageferry.vmm import FileMemory, MemfdMemory, ProcessMemory, Region, VmmServer, VmmState
+from pageferry.vmm import FaultEndpoint, FileMemory, MemfdMemory, ProcessMemory, Region, Vmm, VmmServer, VmmState
 from pageferry.vmm.servicer import MAX_STATE_BYTES
 
 # Not a value that from_rpc gives for an ErrorInfo of these tests: it would show that none was sent.
@@ -32,6 +32,14 @@ class Client:
 
     async def attach(self, path: str = "/run/pager.sock") -> None:
         await self._stub.AttachPager(vmm_pb2.AttachPagerRequest(socket_path=path))
+
+    async def attach_with_faults(self, path: str, token: bytes) -> None:
+        await self._stub.AttachPager(
+            vmm_pb2.AttachPagerRequest(socket_path="/run/pager.sock", fault_socket_path=path, fault_token=token)
+        )
+
+    async def list_private(self) -> vmm_pb2.ListPrivatePagesResponse:
+        return await self._stub.ListPrivatePages(vmm_pb2.ListPrivatePagesRequest())
 
     async def pause(self) -> None:
         await self._stub.Pause(vmm_pb2.PauseRequest())
@@ -281,3 +289,39 @@ async def test_an_abandoned_call_leaves_the_turn_to_the_next(client: Client, vmm
     await client.pause()
 
     assert vmm.state is VmmState.PAUSED
+
+
+async def test_the_vmm_learns_of_the_fault_service_just_before_it_attaches(client: Client, vmm: RecordingVmm) -> None:
+    vmm.state = VmmState.INCOMING
+
+    await client.attach_with_faults("/run/faults.sock", b"\xff")
+
+    assert vmm.calls == [("use faults", FaultEndpoint("/run/faults.sock", b"\xff")), ("attach", "/run/pager.sock")]
+
+
+async def test_a_vmm_without_such_memory_leaves_the_fault_service_alone(short_path: Path) -> None:
+    class Plain(RecordingVmm):
+        use_fault_service = Vmm.use_fault_service
+        list_private_pages = Vmm.list_private_pages
+
+    vmm, server = Plain(VmmState.INCOMING), VmmServer()
+    await server.start(vmm, str(short_path / "plain.sock"))
+    async with open_channel(f"unix:{short_path}/plain.sock", None) as channel:
+        client = Client(channel)
+        await client.attach_with_faults("/run/faults.sock", b"\xff")
+        vmm.state = VmmState.PAUSED
+        assert not (await client.list_private()).sizes
+    await server.stop(grace=0)
+
+    assert vmm.calls == [("attach", "/run/pager.sock")]
+
+
+async def test_private_pages_of_a_paused_guest_are_listed(client: Client, vmm: RecordingVmm) -> None:
+    error = await refusal(client.list_private())
+    assert error.reason is Reason.ILLEGAL_STATE
+    vmm.state, vmm.private = VmmState.PAUSED, [(0, 4096), (1 << 32, 8192)]
+
+    listed = await client.list_private()
+
+    assert list(listed.guest_addresses) == [0, 1 << 32]
+    assert list(listed.sizes) == [4096, 8192]

@@ -1,4 +1,4 @@
-"""A VMM in this process, behind the driver's interface: remembers its calls, and waits or fails where a test says so."""
+"""A VMM in this process, behind the driver's interface: remembers its calls, waits or fails where a test says so."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import asyncio
 import os
 from collections import defaultdict
 
-from pageferry.errors import FerryError
 from pageferry.v1 import memory_pb2
 from pageferry.vmm.handoff import PagerLink
 from pageferry.vmm.memory import GuestMemory
 from pageferryd.core.layout import PAGE_SIZE, Layout, Region
-from pageferryd.vmm.driver import Activity, Description
+from pageferryd.vmm.driver import Activity, Description, FaultEndpoint
 
 PAGES = 16
 
@@ -69,7 +68,7 @@ class StandInVmm:
         locations = [location] if self.activity is not Activity.INCOMING else []
         return Description(self.layout, locations, self.activity, os.getpid())
 
-    async def attach_pager(self, socket_path: str) -> None:
+    async def attach_pager(self, socket_path: str, faults: FaultEndpoint) -> None:
         await self._do("attach_pager")
         self.link = await asyncio.to_thread(PagerLink.open, socket_path, self.memory)
 
@@ -80,6 +79,10 @@ class StandInVmm:
     async def save_state(self) -> bytes:
         await self._do("save_state")
         return b"state"
+
+    async def private_pages(self) -> list[tuple[int, int]]:
+        await self._do("private_pages")
+        return []
 
     async def load_state(self, state: bytes) -> None:
         await self._do("load_state")
@@ -104,8 +107,3 @@ class StandInVmm:
         if self.link is not None:
             self.link.close()
         self.memory.close()
-
-
-def ferry_error(error: BaseException | None) -> FerryError:
-    assert isinstance(error, FerryError), error
-    return error

@@ -1,128 +1,21 @@
-"""The destination's part of a migration: a real hand-off, real lanes, and a VMM that stands in."""
+"""The destination's part of a migration until its commit: prepared, handed over, or given up."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 
 import pytest
-from stand_in_vmm import PAGES, StandInVmm
+from coming import BOOM, CONTENT, DEADLINE, TOKEN, Coming
+from stand_in_vmm import PAGES
 
-from pageferry.errors import FerryError, Reason
-from pageferry.v1 import incoming_pb2, memory_pb2, migration_pb2
-from pageferry.vmm.memory import GuestMemory
-from pageferryd.config import Limits, Settings
-from pageferryd.control.incoming import Incoming, Surroundings
-from pageferryd.control.record import MigrationRecord
-from pageferryd.control.registry import GuestRegistry
-from pageferryd.control.view import layout_to_proto
-from pageferryd.core.errors import IllegalTransitionError
+from pageferry.errors import Reason
+from pageferry.v1 import incoming_pb2
 from pageferryd.core.layout import PAGE_SIZE, Layout, Region
 from pageferryd.core.lifecycle import State
-from pageferryd.server import GrpcServer
-from pageferryd.source.memory import SourceMemory
-from pageferryd.source.page_service import PageService
-from pageferryd.source.served import Served
 from pageferryd.vmm.driver import Activity
 
 pytestmark = [pytest.mark.root, pytest.mark.userfaultfd]
-DEADLINE = 10.0
-TOKEN = b"t" * 32
-CONTENT = b"".join(bytes([page + 1]) * PAGE_SIZE for page in range(PAGES))
-BOOM = FerryError(Reason.NO_SPACE, "as the test says")
-
-
-class Coming:
-    """A VMM that waits on this host, and a source that serves it from this process."""
-
-    def __init__(self, directory: Path, prepare_timeout: float = 5.0, handover_timeout: float = 5.0) -> None:
-        limits = Limits(
-            reconnect_initial_seconds=0.001,
-            reconnect_max_seconds=0.01,
-            prepare_timeout=prepare_timeout,
-            handover_timeout=handover_timeout,
-        )
-        settings = Settings(host="b", listen=["127.0.0.1:0"], insecure=True, runtime_dir=directory, limits=limits)
-        self.vmm = StandInVmm(Activity.INCOMING)
-        self.guests = GuestRegistry({"stand-in": lambda _address: self.vmm})
-        self._around = Surroundings(settings, None, self.guests)
-        self._left = GuestMemory(len(CONTENT))
-        self._left.write(0, CONTENT)
-        location = memory_pb2.MemoryLocation(process=memory_pb2.ProcessMemory(address=self._left.address))
-        source = SourceMemory.open(self.vmm.layout, [location], os.getpid())
-        self.completed = asyncio.Event()
-        self.served = Served("m", TOKEN, "b", source, self.vmm.layout, self.completed.set)
-        self.served.open()
-        self._pages = PageService(secure=False)
-        self._pages.offer(self.served)
-        self.server = GrpcServer(settings)
-        self._pages.add_to(self.server.server)
-
-    async def start(self) -> None:
-        (self.address,) = await self.server.start()
-        await self.guests.register("g", "stand-in", "here")
-        self.record = MigrationRecord("m", "", "g", migration_pb2.ROLE_DESTINATION, "a", "b", "", migration_pb2.Limits())
-        self.incoming = Incoming(self.record, self.guests.claim("g", "m"), self._around)
-        self.vmm.calls.clear()
-
-    def request(self, layout: Layout | None = None, token: bytes = TOKEN, address: str = "") -> incoming_pb2.PrepareRequest:
-        return incoming_pb2.PrepareRequest(
-            migration_id="m",
-            guest_id="g",
-            protocol_version=1,
-            layout=layout_to_proto(layout or self.vmm.layout),
-            page_address=address or self.address,
-            source_name="a",
-            token=token,
-        )
-
-    async def prepared(self) -> None:
-        await self.incoming.prepare(self.request())
-
-    async def handed_over(self) -> None:
-        await self.prepared()
-        await self.incoming.hand_over(b"state")
-
-    async def refused(self, call: object) -> Reason:
-        with pytest.raises((FerryError, IllegalTransitionError)) as refused:
-            await asyncio.wait_for(call, DEADLINE)  # type: ignore[call-overload]
-        return Reason(refused.value.reason)
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(DEADLINE):
-            while not condition():
-                await asyncio.sleep(0.001)
-
-    async def assert_never_ran(self) -> None:
-        """It has ended, nothing is held any more, and no commit can run it."""
-        assert self.record.state is State.FAILED
-        assert not self.vmm.runs
-        assert self.incoming.arrival is None
-        assert self.guest_is_free()
-        assert await self.refused(self.incoming.commit()) is Reason.NEVER_RAN
-        assert "resume" not in self.vmm.calls
-        assert not self.completed.is_set()
-
-    def guest_is_free(self) -> bool:
-        try:
-            return self.guests.get("g").migration_id is None
-        except FerryError:
-            return True
-
-    async def stop(self) -> None:
-        for gate in self.vmm.gates.values():
-            gate.opened.set()
-        await self.incoming.stop()
-        arrival = self.incoming.arrival
-        if arrival is not None:
-            await arrival.abandon()
-        await self.guests.close()
-        await self.server.stop(0)
-        self._pages.withdraw("m")
-        self.vmm.free()
-        self._left.close()
 
 
 @pytest.fixture
@@ -217,9 +110,7 @@ async def test_a_vmm_that_runs_is_no_destination(coming: Coming) -> None:
 
 @pytest.mark.parametrize("step", ["describe", "attach_pager"])
 @pytest.mark.parametrize("failure", [BOOM, OSError("odd")])
-async def test_a_vmm_that_fails_while_it_is_prepared_is_given_up(
-    coming: Coming, step: str, failure: Exception
-) -> None:
+async def test_a_vmm_that_fails_while_it_is_prepared_is_given_up(coming: Coming, step: str, failure: Exception) -> None:
     coming.vmm.failures[step] = failure
     with pytest.raises(type(failure)):
         await coming.prepared()
@@ -311,134 +202,3 @@ async def test_a_state_that_cannot_be_loaded_can_still_be_aborted(coming: Coming
     assert await coming.refused(coming.incoming.hand_over(b"state")) is Reason.NO_SPACE
     await coming.incoming.abort("no")
     await coming.assert_never_ran()
-
-
-async def test_after_the_commit_an_abort_is_refused(coming: Coming) -> None:
-    await coming.handed_over()
-    await coming.incoming.commit()
-    assert await coming.refused(coming.incoming.abort("no")) is Reason.ALREADY_COMMITTED
-    assert coming.vmm.runs
-
-
-async def test_from_the_begin_of_the_commit_an_abort_is_refused(coming: Coming) -> None:
-    gate = coming.vmm.gate("resume")
-    await coming.handed_over()
-    committing = asyncio.create_task(coming.incoming.commit())
-    await gate.until_reached()
-    assert await coming.refused(coming.incoming.abort("no")) is Reason.ALREADY_COMMITTED
-    committing.cancel()
-    await asyncio.wait([committing])
-    assert await coming.refused(coming.incoming.abort("no")) is Reason.ALREADY_COMMITTED
-    gate.opened.set()
-    await coming.incoming.commit()
-    assert coming.vmm.runs
-
-
-async def test_a_commit_whose_resume_failed_is_repeated(coming: Coming) -> None:
-    coming.vmm.failures["resume"] = BOOM
-    await coming.handed_over()
-    assert await coming.refused(coming.incoming.commit()) is Reason.NO_SPACE
-    assert await coming.refused(coming.incoming.abort("no")) is Reason.ALREADY_COMMITTED
-    coming.vmm.failures.clear()
-    await coming.incoming.commit()
-    await coming.until(lambda: coming.record.state.final)
-    assert coming.record.state is State.COMPLETED
-
-
-async def test_a_commit_before_the_state_is_refused(coming: Coming) -> None:
-    await coming.prepared()
-    assert await coming.refused(coming.incoming.commit()) is Reason.ILLEGAL_STATE
-    assert not coming.vmm.runs
-    await coming.incoming.abort("no")
-    await coming.assert_never_ran()
-
-
-async def test_without_a_commit_in_time_it_is_given_up(make: Callable[..., Coming]) -> None:
-    coming = make(prepare_timeout=0.3, handover_timeout=0.01)
-    await coming.start()
-    await coming.handed_over()
-    await coming.until(coming.guest_is_free)
-    assert coming.record.error is not None
-    assert coming.record.error.reason is Reason.HANDOFF_TIMEOUT
-    await coming.assert_never_ran()
-
-
-async def test_a_vmm_that_ends_before_the_commit_ends_the_migration(coming: Coming) -> None:
-    await coming.handed_over()
-    arrival = coming.incoming.arrival
-    assert arrival is not None
-    arrival.session.fail(FerryError(Reason.VMM_GONE, "the VMM ended"))
-    await coming.until(coming.guest_is_free)
-    await coming.assert_never_ran()
-
-
-async def test_a_vmm_that_ends_after_the_commit_fails_it_and_commits_are_answered(coming: Coming) -> None:
-    coming.vmm.failures["resume"] = FerryError(Reason.VMM_UNREACHABLE, "gone")
-    await coming.handed_over()
-    assert await coming.refused(coming.incoming.commit()) is Reason.VMM_UNREACHABLE
-    arrival = coming.incoming.arrival
-    assert arrival is not None
-    arrival.session.fail(FerryError(Reason.VMM_GONE, "the VMM ended"))
-    await coming.until(lambda: coming.record.state.final)
-    assert coming.record.state is State.FAILED
-    # The source must not run the guest: the report tells it what happened.
-    await coming.incoming.commit()
-    assert await coming.refused(coming.incoming.abort("no")) is Reason.ALREADY_COMMITTED
-    with pytest.raises(FerryError):
-        coming.guests.get("g")
-
-
-async def test_a_failure_here_leaves_the_guests_memory_guarded(coming: Coming) -> None:
-    coming.record.limits.push_disabled = True
-    request = coming.request()
-    request.limits.push_disabled = True
-    await coming.incoming.prepare(request)
-    await coming.incoming.hand_over(b"state")
-    await coming.incoming.commit()
-    arrival = coming.incoming.arrival
-    assert arrival is not None
-    arrival.session.fail(FerryError(Reason.USERFAULTFD_REFUSED, "the VMM moved its memory"))
-    await coming.until(lambda: coming.record.state.final)
-    assert coming.record.state is State.FAILED
-    reading = asyncio.get_running_loop().run_in_executor(None, coming.vmm.memory.read, 0, 1)
-    done, _ = await asyncio.wait([reading], timeout=0.02)
-    assert not done
-    # The test's own end of it: the page is put there, so that the thread can end.
-    arrival._installer.zero(0, PAGES)
-    await asyncio.wait_for(reading, DEADLINE)
-
-
-async def test_limits_and_reconnect_are_refused_where_they_make_no_sense(coming: Coming) -> None:
-    with pytest.raises(FerryError):
-        coming.incoming.limit(migration_pb2.Limits())
-    with pytest.raises(IllegalTransitionError):
-        coming.incoming.reconnect()
-    await coming.prepared()
-    coming.incoming.limit(migration_pb2.Limits(push_window_bytes=1 << 20))
-    assert coming.record.limits.push_window_bytes == 1 << 20
-    await coming.incoming.abort("no")
-    with pytest.raises(FerryError):
-        coming.incoming.limit(migration_pb2.Limits())
-
-
-async def test_a_source_that_is_lost_pauses_the_migration_until_it_is_back(coming: Coming) -> None:
-    request = coming.request()
-    request.limits.push_disabled = True
-    await coming.incoming.prepare(request)
-    await coming.incoming.hand_over(b"state")
-    await coming.incoming.commit()
-    arrival = coming.incoming.arrival
-    assert arrival is not None
-    served = coming._pages._served.pop("m")
-    lanes = arrival.session._lanes
-    assert lanes is not None
-    await lanes.close()
-    await coming.until(lambda: coming.record.state is State.POSTCOPY_PAUSED)
-    await coming.until(lambda: coming.record.error is not None and coming.record.error.reason is Reason.UNKNOWN_MIGRATION)
-    coming._pages.offer(served)
-    coming.incoming.reconnect()
-    coming.incoming.limit(migration_pb2.Limits())
-    await coming.until(lambda: coming.record.state.final)
-    assert coming.record.state is State.COMPLETED
-    assert coming.incoming.view().progress.reconnects >= 1
-

@@ -47,9 +47,13 @@ class Departure:
         self.vmm.calls.clear()
 
     def begin(self) -> Outgoing:
-        self.record = MigrationRecord("m", "r", "g", migration_pb2.ROLE_SOURCE, "a", "b", self.address, migration_pb2.Limits())
+        self.record = MigrationRecord(
+            "m", "r", "g", migration_pb2.ROLE_SOURCE, "a", "b", self.address, migration_pb2.Limits()
+        )
         guest = self.guests.claim("g", "m")
-        self.outgoing = Outgoing(self.record, guest, Surroundings(self.settings, None, self.guests), self.pages, self.address)
+        self.outgoing = Outgoing(
+            self.record, guest, Surroundings(self.settings, None, self.guests), self.pages, self.address
+        )
         return self.outgoing
 
     async def ended(self) -> None:
@@ -58,7 +62,7 @@ class Departure:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(DEADLINE):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - any condition
                 await asyncio.sleep(0.001)
 
     def assert_here_alone(self) -> None:
@@ -91,7 +95,7 @@ async def departure(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[D
     await one.stop()
 
 
-HERE = ("describe", "pause", "save_state")
+HERE = ("describe", "pause", "save_state", "private_pages")
 THERE = ("Probe", "Prepare", "HandOver")
 STEPS = [*HERE, *THERE]
 
@@ -112,7 +116,7 @@ async def test_a_guest_that_has_gone_ends_here_when_the_destination_has_everythi
     assert departure.record.state is State.COMPLETED
     assert departure.record.error is None
     assert departure.vmm.killed
-    assert departure.vmm.calls == ["describe", "pause", "save_state", "kill"]
+    assert departure.vmm.calls == ["describe", "pause", "save_state", "private_pages", "kill"]
     departure.assert_there_alone()
     with pytest.raises(FerryError):
         departure.guests.get("g")

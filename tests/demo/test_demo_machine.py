@@ -5,9 +5,37 @@ from __future__ import annotations
 import pytest
 
 from pageferry.demo.guests import Kind
-from pageferry.demo.machine import available_memory, choose_kind, choose_memory
+from pageferry.demo.machine import Memory, available_memory, choose_kind, choose_memory, kind_for, parse_memory
+from pageferry.errors import FerryError
+from pageferry.vmm import Backing
 
 MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "memory"),
+    [
+        ("256M", Memory(256 * MIB)),
+        ("guest_memfd", Memory(None, Backing.GUEST_MEMFD)),
+        ("guest_memfd:64MiB", Memory(64 * MIB, Backing.GUEST_MEMFD)),
+        (" shmem:1G", Memory(1024 * MIB, Backing.SHMEM)),
+    ],
+)
+def test_memory_is_a_size_or_what_backs_it_or_both(text, memory):
+    assert parse_memory(text) == memory
+
+
+@pytest.mark.parametrize("text", ["much", "guest_memfd:", "guest_memfd:much", "hugetlbfs", "256M:shmem", ""])
+def test_what_is_neither_is_refused(text):
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_memory(text)
+
+
+def test_a_guest_memfd_needs_a_virtual_machine():
+    assert kind_for(None, Backing.GUEST_MEMFD) is Kind.KVM
+    assert kind_for(Kind.PROCESS, Backing.SHMEM) is Kind.PROCESS
+    with pytest.raises(FerryError, match="--guest kvm"):
+        kind_for(Kind.PROCESS, Backing.GUEST_MEMFD)
 
 
 def test_a_device_that_can_be_opened_gives_a_virtual_machine(tmp_path):

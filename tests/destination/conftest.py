@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from guarded import Guarded, reserved_huge_pages
 
-from pageferry.vmm.memory import Backing
+pytest.register_assert_rewrite("arriving", "door_conformance", "installer_conformance", "lanes_conformance")
+
+from door_conformance import Delivered  # noqa: E402
+from guarded import Guarded, reserved_huge_pages  # noqa: E402
+
+from pageferry.vmm.memory import Backing  # noqa: E402
 
 
 @pytest.fixture
@@ -24,6 +29,12 @@ def guard() -> Iterator[Callable[..., Guarded]]:
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def delivered() -> Delivered:
+    """Takes what a door delivers."""
+    return Delivered()
 
 
 @pytest.fixture
@@ -49,9 +60,19 @@ def backing(request: pytest.FixtureRequest) -> Backing:
 
 
 @pytest.fixture
-def open_files() -> Callable[[], int]:
-    """Count this process's open file descriptors."""
-    return lambda: len(os.listdir("/proc/self/fd"))
+def open_files() -> Callable[[], Counter[str]]:
+    """Count this process's open file descriptors by kind."""
+    return _open_files
+
+
+def _open_files() -> Counter[str]:
+    kinds: Counter[str] = Counter()
+    for file in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            target = str(file.readlink())
+            # Sockets and pipes have a number each.
+            kinds[target if target.startswith("anon_inode") else target.partition(":[")[0]] += 1
+    return kinds
 
 
 @pytest.fixture

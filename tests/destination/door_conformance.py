@@ -6,10 +6,8 @@ import asyncio
 from concurrent.futures import Future
 from typing import Protocol
 
-import pytest
-
 from pageferryd.core.figures import DOORS
-from pageferryd.destination.door import DoorEvents, FaultDoor
+from pageferryd.destination.door import DoorEvents, FaultDoor, Settled
 
 DEADLINE = 10.0
 
@@ -21,9 +19,6 @@ class House(Protocol):
 
     def touch(self, page: int) -> Future[bytes]:
         """Read the first byte of a page in the guest, which waits until the page is there."""
-
-    def discard(self, page: int) -> Future[None]:
-        """Give a page away in the guest, which goes on when the door has taken note."""
 
     def wait_queued(self) -> None:
         """Wait until the door has something to deliver. Blocks."""
@@ -67,11 +62,6 @@ class Delivered:
         self._changed.clear()
 
 
-@pytest.fixture
-def delivered() -> Delivered:
-    return Delivered()
-
-
 class DoorConformance:
     async def test_its_name_is_one_that_metrics_know(self, house: House) -> None:
         assert house.door.name in DOORS
@@ -100,13 +90,6 @@ class DoorConformance:
         await asyncio.gather(*map(asyncio.wrap_future, readings))
         assert not delivered.failures
 
-    async def test_a_touch_from_before_it_was_opened_is_delivered(self, house: House, delivered: Delivered) -> None:
-        house.touch(1)
-        house.wait_queued()
-        house.door.open(delivered.take, delivered.fail)
-        await delivered.until_faults(1)
-        house.install(1)
-
     async def test_drain_delivers_what_is_queued_before_it_returns(self, house: House, delivered: Delivered) -> None:
         house.door.open(delivered.take, delivered.fail)
         house.touch(4)
@@ -120,12 +103,6 @@ class DoorConformance:
         house.door.open(delivered.take, delivered.fail)
         house.door.drain()
         assert delivered.events == []
-
-    async def test_a_discard_is_delivered_and_lets_the_guest_go_on(self, house: House, delivered: Delivered) -> None:
-        house.door.open(delivered.take, delivered.fail)
-        discarding = house.discard(6)
-        await asyncio.wait_for(asyncio.wrap_future(discarding), DEADLINE)
-        assert delivered.discards == {(6, 1)}
 
     async def test_a_closed_door_delivers_nothing_and_the_guest_waits_on(
         self, house: House, delivered: Delivered
@@ -150,22 +127,18 @@ class DoorConformance:
         house.door.close()
         assert not delivered.failures
 
-    async def test_what_its_taker_cannot_do_is_reported_once_as_a_failure(
+    async def test_a_door_that_listens_answers_who_waits_when_the_page_is_settled(
         self, house: House, delivered: Delivered
     ) -> None:
-        from pageferry.errors import FerryError, Reason
-
-        def refuse(_events: DoorEvents) -> None:
-            raise FerryError(Reason.VMM_GONE, "the VMM ended")
-
-        house.door.open(refuse, delivered.fail)
-        house.touch(0)
-        await delivered.next()
-        house.touch(1)
-        house.wait_queued()
-        house.door.drain()
-
-        (failure,) = delivered.failures
-        assert str(failure) == "the VMM ended"
-        house.install(0)
-        house.install(1)
+        house.door.open(delivered.take, delivered.fail)
+        readings = [house.touch(page) for page in (4, 5)]
+        await delivered.until_faults(4, 5)
+        house.install(4)
+        house.door.settled(4, 1, Settled.INSTALLED)
+        assert await asyncio.wait_for(asyncio.wrap_future(readings[0]), DEADLINE) == b"\0"
+        assert not readings[1].done()
+        # Nobody waits for it any more.
+        house.door.settled(4, 1, Settled.PRESENT)
+        house.install(5)
+        house.door.settled(0, 8, Settled.ZERO)
+        await asyncio.wait_for(asyncio.wrap_future(readings[1]), DEADLINE)

@@ -1,4 +1,4 @@
-"""What every installer does: a subclass gives the fixtures `site` and `doomed`."""
+"""What installers do: a subclass gives the fixture `site`, and `doomed` where a userfaultfd is part of it."""
 
 from __future__ import annotations
 
@@ -84,22 +84,36 @@ class InstallerConformance:
         assert site.installer.zero(0, 4 * size) == (4 * size, Placed.DONE)
         assert reading.result(DEADLINE) == bytes(PAGE_SIZE)
 
-    def test_a_page_that_is_there_stays_as_it_is_and_stops_the_run(self, site: Site) -> None:
+    def test_pages_that_are_touched_again_stay_as_they_are(self, site: Site) -> None:
         size = site.granule
         site.installer.raw(size, size, contents(size, size), 0)
-        other = bytes(b"x" * (3 * size * PAGE_SIZE))
-
-        assert site.installer.raw(0, 3 * size, other, 0) == (size, Placed.PRESENT)
-        assert site.installer.raw(size, size, other, 0) == (0, Placed.PRESENT)
-        assert site.installer.zero(size, size) == (0, Placed.PRESENT)
-        assert site.installer.poison(size, size)[0] == 0
+        assert site.installer.touched_again(size, size) == (0, Placed.PRESENT)
         assert site.reading(size).result(DEADLINE) == contents(size, 1)
 
-    def test_zeroes_stop_at_a_page_that_is_there(self, site: Site) -> None:
+    def test_released_memory_is_the_guests_alone(self, site: Site) -> None:
+        size = site.granule
+        site.installer.raw(0, 4 * size, contents(0, 4 * size), 0)
+        site.installer.release()
+        assert site.is_let_go()
+        # Nobody has to read an event of it any more.
+        site.discarding(0).result(DEADLINE)
+        assert site.reading(0).result(DEADLINE) == bytes(PAGE_SIZE)
+        assert site.reading(4 * size - 1).result(DEADLINE) == contents(4 * size - 1, 1)
+
+    def test_abandoned_memory_is_let_go(self, site: Site) -> None:
+        site.installer.abandon()
+        assert site.is_let_go()
+
+    def test_zeroes_never_take_the_place_of_a_page_that_is_there(self, site: Site) -> None:
         size = site.granule
         site.installer.raw(2 * size, size, contents(2 * size, size), 0)
-        assert site.installer.zero(0, 4 * size) == (2 * size, Placed.PRESENT)
+        site.installer.zero(2 * size, size)
+        site.installer.zero(0, 4 * size)
         assert site.reading(2 * size).result(DEADLINE) == contents(2 * size, 1)
+
+
+class WatchedConformance(InstallerConformance):
+    """Where a userfaultfd watches the guest's memory as well; the fixture `doomed` has a VMM that ended."""
 
     def test_a_poisoned_page_cannot_be_read(self, site: Site) -> None:
         size = site.granule
@@ -120,6 +134,34 @@ class InstallerConformance:
         until_done(site, 0, site.granule, contents(0, site.granule))
         assert reading.result(DEADLINE) == contents(0, 1)
 
+    async def test_a_vmm_that_has_ended_is_told_from_anything_else(self, doomed: Installer) -> None:
+        for install in (lambda: doomed.raw(0, 1, bytes(PAGE_SIZE), 0), lambda: doomed.zero(1, 1)):
+            with pytest.raises(FerryError) as gone:
+                install()
+            assert gone.value.reason is Reason.VMM_GONE
+        doomed.abandon()
+
+
+class CarefulConformance(WatchedConformance):
+    """Where the kernel tells what is there already."""
+
+    def test_a_page_that_is_there_stays_as_it_is_and_stops_the_run(self, site: Site) -> None:
+        size = site.granule
+        site.installer.raw(size, size, contents(size, size), 0)
+        other = bytes(b"x" * (3 * size * PAGE_SIZE))
+
+        assert site.installer.raw(0, 3 * size, other, 0) == (size, Placed.PRESENT)
+        assert site.installer.raw(size, size, other, 0) == (0, Placed.PRESENT)
+        assert site.installer.zero(size, size) == (0, Placed.PRESENT)
+        assert site.installer.poison(size, size)[0] == 0
+        assert site.reading(size).result(DEADLINE) == contents(size, 1)
+
+    def test_zeroes_stop_at_a_page_that_is_there(self, site: Site) -> None:
+        size = site.granule
+        site.installer.raw(2 * size, size, contents(2 * size, size), 0)
+        assert site.installer.zero(0, 4 * size) == (2 * size, Placed.PRESENT)
+        assert site.reading(2 * size).result(DEADLINE) == contents(2 * size, 1)
+
     def test_while_events_are_queued_nothing_is_placed(self, site: Site) -> None:
         size = site.granule
         discarding = site.discarding(0)
@@ -137,24 +179,3 @@ class InstallerConformance:
         assert site.installer.raw(0, 2 * size, contents(0, 2 * size), 0) == (size, Placed.UNMAPPED)
         assert site.installer.zero(size, size) == (0, Placed.UNMAPPED)
         assert site.reading(0).result(DEADLINE) == contents(0, 1)
-
-    def test_released_memory_is_the_guests_alone(self, site: Site) -> None:
-        size = site.granule
-        site.installer.raw(0, 4 * size, contents(0, 4 * size), 0)
-        site.installer.release()
-        assert site.is_let_go()
-        # Nobody has to read an event of it any more.
-        site.discarding(0).result(DEADLINE)
-        assert site.reading(0).result(DEADLINE) == bytes(PAGE_SIZE)
-        assert site.reading(4 * size - 1).result(DEADLINE) == contents(4 * size - 1, 1)
-
-    def test_abandoned_memory_is_let_go(self, site: Site) -> None:
-        site.installer.abandon()
-        assert site.is_let_go()
-
-    async def test_a_vmm_that_has_ended_is_told_from_anything_else(self, doomed: Installer) -> None:
-        for install in (lambda: doomed.raw(0, 1, bytes(PAGE_SIZE), 0), lambda: doomed.zero(1, 1)):
-            with pytest.raises(FerryError) as gone:
-                install()
-            assert gone.value.reason is Reason.VMM_GONE
-        doomed.abandon()

@@ -37,6 +37,12 @@ class ScriptedInstaller:
     def poison(self, first: int, pages: int) -> tuple[int, Placed]:
         return self._place("poison", first, pages, lambda _: POISON)
 
+    def touched_again(self, first: int, pages: int) -> tuple[int, Placed]:
+        placed, how = self.zero(first, pages)
+        if how is Placed.PRESENT:
+            self.wake(first, pages)
+        return placed, how
+
     def wake(self, first: int, pages: int) -> None:
         self.woken.append((first, pages))
 

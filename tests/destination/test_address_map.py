@@ -62,7 +62,9 @@ def test_spans_of_a_run_are_its_pages_in_order(addresses: AddressMap, data: st.D
     pages = data.draw(st.integers(1, count - first))
     known = pages_by_address(addresses)
     listed = [
-        known[address + number * PAGE_SIZE] for address, length in addresses.spans(first, pages) for number in range(length)
+        known[address + number * PAGE_SIZE]
+        for address, length in addresses.spans(first, pages)
+        for number in range(length)
     ]
     assert listed == list(range(first, first + pages))
 
@@ -74,7 +76,9 @@ def test_runs_of_a_range_are_all_pages_that_any_byte_of_it_lies_in(addresses: Ad
     start = data.draw(st.integers(low, high))
     end = data.draw(st.integers(start, high + PAGE_SIZE))
     listed = [page for first, pages in addresses.runs(start, end) for page in range(first, first + pages)]
-    expected = {page for address, page in known.items() if address < end and address + PAGE_SIZE > start and start < end}
+    expected = {
+        page for address, page in known.items() if address < end and address + PAGE_SIZE > start and start < end
+    }
     assert len(listed) == len(set(listed))
     assert set(listed) == expected
 

@@ -1,4 +1,4 @@
-"""gRPC lanes to a real page service: over TCP and Unix sockets, with and without TLS, through a proxy that can be cut."""
+"""gRPC lanes to a real page service: over TCP and Unix sockets, with and without TLS, through a proxy to be cut."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from guarded import contents
-from lanes_conformance import HOLE, PAGES, LanesConformance, lanes  # noqa: F401 - a fixture
+from lanes_conformance import HOLE, PAGES, LanesConformance, reason_of
 from stream_proxy import StreamProxy
 
 from certificates import Authority
+from pageferry.errors import Reason
 from pageferry.tls import TlsFiles
 from pageferry.v1 import memory_pb2
 from pageferry.vmm.memory import GuestMemory
@@ -57,7 +58,12 @@ class GrpcLink:
         self._guest.close()
 
     def opener(
-        self, *, migration: str = "m", token: bytes | None = None, layout: Layout | None = None, name: str = "destination"
+        self,
+        *,
+        migration: str = "m",
+        token: bytes | None = None,
+        layout: Layout | None = None,
+        name: str = "destination",
     ) -> GrpcLaneOpener:
         source = Source(
             migration, self._proxy.address, "source", TOKEN if token is None else token, layout or self.layout
@@ -117,7 +123,7 @@ class TestGrpcLanes(LanesConformance):
 
 
 async def test_completing_twice_is_heard_once_by_the_source(link: GrpcLink) -> None:
-    lanes = await link.opener().open()  # noqa: F811
+    lanes = await link.opener().open()
     await lanes.complete(PAGES)
     await lanes.complete(PAGES)
     await lanes.close()
@@ -125,10 +131,6 @@ async def test_completing_twice_is_heard_once_by_the_source(link: GrpcLink) -> N
 
 
 async def test_a_source_with_another_name_is_not_talked_to(link: GrpcLink) -> None:
-    from lanes_conformance import reason_of
-
-    from pageferry.errors import Reason
-
     if link._authority is None:
         pytest.skip("without certificates nobody proves a name")
     source = Source("m", link._proxy.address, "impostor", TOKEN, link.layout)

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pageferryd.destination.handoff import Handoff, HandoffListener, read_table
 from pageferryd.linux.buffers import address_of
 
 pytestmark = pytest.mark.userfaultfd
-Files = Callable[[], int]
+Files = Callable[[], Counter[str]]
 
 
 class Vmm:
@@ -88,7 +89,8 @@ async def no_leak(vmm: Vmm, open_files: Files) -> AsyncIterator[None]:
     yield
     vmm.hang_up()
     await asyncio.sleep(0)
-    assert open_files() == before
+    # What an earlier test has left behind may be closed meanwhile.
+    assert not open_files() - before
 
 
 def works(taken: Handoff, vmm: Vmm) -> None:
@@ -203,6 +205,13 @@ async def test_what_is_no_table_is_refused(vmm: Vmm, case: str, no_leak: None) -
     assert await vmm.refused() is Reason.HANDOFF_MALFORMED
 
 
+async def test_nonsense_is_refused_while_its_sender_stays(vmm: Vmm, no_leak: None) -> None:
+    connection = vmm.connect()
+    send_with(connection, b"[nonsense]", vmm.guarded.uffd.fileno())
+    assert await vmm.refused() is Reason.HANDOFF_MALFORMED
+    connection.close()
+
+
 @pytest.mark.parametrize("start", [b"", b"[", b'[{"a"', b"[nonsense]", b"[" * 2000 + b"]" * 2000 + b"x"])
 async def test_what_ends_before_its_table_does_is_refused(vmm: Vmm, start: bytes, no_leak: None) -> None:
     connection = vmm.connect()
@@ -238,7 +247,7 @@ async def test_descriptors_without_end_are_refused(vmm: Vmm, open_files: Files, 
         for _ in range(50):
             send_with(connection, b"[", vmm.guarded.uffd.fileno())
             await asyncio.sleep(0)
-            most = max(most, open_files() - before)
+            most = max(most, (open_files() - before).total())
     except (BrokenPipeError, ConnectionResetError):
         pass
     assert await refused is Reason.HANDOFF_MALFORMED
@@ -257,7 +266,7 @@ async def test_a_hand_off_with_several_descriptors_is_refused(vmm: Vmm, count: i
 
 
 async def test_a_descriptor_that_is_no_userfaultfd_is_refused(vmm: Vmm, no_leak: None) -> None:
-    with open("/dev/null") as file:
+    with open("/dev/null") as file:  # noqa: ASYNC230
         vmm.send_table(vmm.table, file.fileno())
         assert await vmm.refused() is Reason.HANDOFF_NO_FD
 
@@ -277,7 +286,7 @@ async def test_another_process_than_the_vmm_is_refused(short_dir: Path, open_fil
         await asyncio.sleep(0)
         after = open_files()
         await child.kill()
-    assert after == before
+    assert not after - before
 
 
 async def test_a_vmm_that_cannot_be_seen_is_refused(vmm: Vmm, no_leak: None) -> None:
@@ -295,10 +304,8 @@ async def test_a_vmm_that_does_not_come_is_waited_for_no_longer_than_told(vmm: V
     assert await vmm.refused(0.02) is Reason.HANDOFF_TIMEOUT
 
 
-@pytest.mark.parametrize("start", [b"", b'[{"base_host_virt_addr": 1', b"[nonsense]"])
-async def test_a_vmm_that_falls_silent_is_waited_for_no_longer_than_told(
-    vmm: Vmm, start: bytes, no_leak: None
-) -> None:
+@pytest.mark.parametrize("start", [b"", b'[{"base_host_virt_addr": 1'])
+async def test_a_vmm_that_falls_silent_is_waited_for_no_longer_than_told(vmm: Vmm, start: bytes, no_leak: None) -> None:
     connection = vmm.connect()
     if start:
         send_with(connection, start, vmm.guarded.uffd.fileno())
@@ -341,7 +348,8 @@ async def test_a_directory_that_is_not_there_is_named(short_dir: Path, open_file
     with pytest.raises(FerryError, match="nowhere") as refused:
         HandoffListener(short_dir / "nowhere" / "s", Layout([Region(0, PAGE_SIZE)]), 1)
     assert refused.value.reason is Reason.PERMISSION_MISSING
-    assert open_files() == before
+    # What an earlier test has left behind may be closed meanwhile.
+    assert not open_files() - before
 
 
 def test_addresses_come_in_the_order_of_the_layout_not_of_the_table() -> None:

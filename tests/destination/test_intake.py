@@ -33,9 +33,7 @@ class Way:
         def clock() -> float:
             return float(next(times))
 
-        self.placer = Placer(
-            self.pager, self.installer, ArrivalMap(PAGES), lambda: None, self.ended.extend, clock
-        )
+        self.placer = Placer(self.pager, self.installer, ArrivalMap(PAGES), lambda: None, self.ended.extend, clock)
         self.intake = FaultIntake(self.pager, self.placer, self.ended.extend, self._work, clock)
 
     def _work(self) -> None:

@@ -113,7 +113,7 @@ def test_what_the_kernel_cannot_take_now_is_kept_and_tried_again(
 
 def test_a_page_given_away_while_it_was_kept_is_dropped(ground: Ground, installer: ScriptedInstaller) -> None:
     installer.script.append((2, Placed.RETRY))
-    ground.on_drain = lambda: ground.placer.dropped(3, 1) or ground.pager.discard(3, 1, 1.0) and None
+    ground.on_drain = lambda: ground.placer.dropped(3, 1) or (ground.pager.discard(3, 1, 1.0) and None)
     ground.placer.place(batch(Run(0, 6, RAW)), Lane.PUSH)
 
     assert not ground.placer.behind

@@ -76,8 +76,9 @@ async def test_who_waits_through_a_cut_is_served_after_it(arrive: Arrive) -> Non
     guest.source.spoil = lambda _lane, _message: None
     guest.start()
     reading = guest.guarded.reading(31)
-    while not guest.source.connections or not guest.source.connections[0].fetches:
-        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        while not guest.source.connections or not guest.source.connections[0].fetches:  # noqa: ASYNC110
+            await asyncio.sleep(0)
     guest.source.unreachable = FerryError(Reason.SOURCE_UNREACHABLE, "nobody answers")
     guest.source.connections[0].cut()
     await guest.until_paused(Reason.SOURCE_UNREACHABLE)

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 import pytest
-from door_conformance import DEADLINE, Delivered, DoorConformance, delivered  # noqa: F401 - a fixture
+from door_conformance import DEADLINE, Delivered, DoorConformance
 from guarded import Guarded
 
 from pageferry.errors import FerryError, Reason
 from pageferry.vmm.memory import Backing
 from pageferryd.core.layout import PAGE_SIZE
+from pageferryd.destination.door import DoorEvents
 from pageferryd.destination.uffd_door import MAX_READS, UffdDoor
 from pageferryd.destination.uffd_installer import UffdInstaller
 
@@ -55,14 +56,48 @@ def house(guard: Guard, request: pytest.FixtureRequest) -> UffdHouse:
 
 
 class TestUffdDoor(DoorConformance):
-    """Passes what every door must."""
+    """Passes what every door must, and what this one does besides."""
+
+    async def test_a_touch_from_before_it_was_opened_is_delivered(self, house: UffdHouse, delivered: Delivered) -> None:
+        house.touch(1)
+        house.wait_queued()
+        house.door.open(delivered.take, delivered.fail)
+        await delivered.until_faults(1)
+        house.install(1)
+
+    async def test_a_discard_is_delivered_and_lets_the_guest_go_on(
+        self, house: UffdHouse, delivered: Delivered
+    ) -> None:
+        house.door.open(delivered.take, delivered.fail)
+        discarding = house.discard(6)
+        await asyncio.wait_for(asyncio.wrap_future(discarding), DEADLINE)
+        assert delivered.discards == {(6, 1)}
+
+    async def test_what_its_taker_cannot_do_is_reported_once_as_a_failure(
+        self, house: UffdHouse, delivered: Delivered
+    ) -> None:
+        def refuse(_events: DoorEvents) -> None:
+            raise FerryError(Reason.VMM_GONE, "the VMM ended")
+
+        house.door.open(refuse, delivered.fail)
+        house.touch(0)
+        await delivered.next()
+        house.touch(1)
+        house.wait_queued()
+        house.door.drain()
+
+        (failure,) = delivered.failures
+        assert str(failure) == "the VMM ended"
+        house.install(0)
+        house.install(1)
 
 
 @pytest.mark.hugetlb
 @pytest.mark.root
 @pytest.mark.usefixtures("huge_pages")
 async def test_a_fault_in_a_huge_page_names_a_page_of_it(
-    guard: Guard, delivered: Delivered  # noqa: F811
+    guard: Guard,
+    delivered: Delivered,
 ) -> None:
     guarded = guard(1, 1, backing=Backing.HUGETLBFS)
     door = UffdDoor(guarded.uffd, guarded.addresses)
@@ -74,7 +109,7 @@ async def test_a_fault_in_a_huge_page_names_a_page_of_it(
     assert guarded.layout.granule(page) == (512, 512)
 
 
-async def test_a_discard_of_a_whole_region_is_one_run_of_its_pages(guard: Guard, delivered: Delivered) -> None:  # noqa: F811
+async def test_a_discard_of_a_whole_region_is_one_run_of_its_pages(guard: Guard, delivered: Delivered) -> None:
     guarded = guard(2, 5)
     door = UffdDoor(guarded.uffd, guarded.addresses)
     door.open(delivered.take, delivered.fail)
@@ -83,7 +118,7 @@ async def test_a_discard_of_a_whole_region_is_one_run_of_its_pages(guard: Guard,
     assert delivered.discards == {(2, 5)}
 
 
-async def test_memory_that_the_vmm_unmaps_is_discarded(guard: Guard, delivered: Delivered) -> None:  # noqa: F811
+async def test_memory_that_the_vmm_unmaps_is_discarded(guard: Guard, delivered: Delivered) -> None:
     guarded = guard(4)
     door = UffdDoor(guarded.uffd, guarded.addresses)
     door.open(delivered.take, delivered.fail)
@@ -96,7 +131,7 @@ async def test_memory_that_the_vmm_unmaps_is_discarded(guard: Guard, delivered: 
     assert delivered.discards == {(1, 2)}
 
 
-async def test_guest_memory_that_moves_is_refused_and_the_door_closes(guard: Guard, delivered: Delivered) -> None:  # noqa: F811
+async def test_guest_memory_that_moves_is_refused_and_the_door_closes(guard: Guard, delivered: Delivered) -> None:
     guarded = guard(4)
     door = UffdDoor(guarded.uffd, guarded.addresses)
     door.open(delivered.take, delivered.fail)
@@ -111,7 +146,7 @@ async def test_guest_memory_that_moves_is_refused_and_the_door_closes(guard: Gua
     await asyncio.wait_for(moving, DEADLINE)
 
 
-async def test_faults_beyond_one_turn_of_the_loop_come_with_the_next_one(guard: Guard, delivered: Delivered) -> None:  # noqa: F811
+async def test_faults_beyond_one_turn_of_the_loop_come_with_the_next_one(guard: Guard, delivered: Delivered) -> None:
     assert MAX_READS * 64 >= 4096
     guarded = guard(16)
     readings = [guarded.reading(page, 1) for page in range(16)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from guarded import DEADLINE, Guarded
-from installer_conformance import InstallerConformance
+from installer_conformance import CarefulConformance
 from waiting_vmm import WaitingVmm
 
 from pageferry.vmm.memory import Backing
@@ -78,5 +78,5 @@ async def doomed(short_dir: Path) -> AsyncIterator[UffdInstaller]:
     handoff.close()
 
 
-class TestUffdInstaller(InstallerConformance):
+class TestUffdInstaller(CarefulConformance):
     """Passes what every installer must."""

@@ -20,9 +20,9 @@ def short_path() -> Iterator[Path]:
 
 
 @pytest.fixture
-async def stage(short_path: Path) -> AsyncIterator[Stage]:
+async def stage(short_path: Path, standing_hosts: tuple[Sidecar, Sidecar]) -> AsyncIterator[Stage]:
     async with AsyncExitStack() as stack:
-        made = Stage(short_path, stack)
+        made = Stage(short_path, stack, tuple(host.address for host in standing_hosts))
         yield made
         await made.leave()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import pytest
@@ -54,12 +54,14 @@ class Source:
 class Caller:
     """One that calls the page service."""
 
-    def __init__(self, source: Source, files: TlsFiles | None = None, migration: str = "m", token: bytes = TOKEN) -> None:
+    def __init__(
+        self, source: Source, files: TlsFiles | None = None, migration: str = "m", token: bytes = TOKEN
+    ) -> None:
         self._channel = open_channel(source.address, files, "a" if files else None)
         self._stub = page_pb2_grpc.PageServiceStub(self._channel)
         self._metadata = (("pageferry-migration", migration), ("pageferry-token-bin", token))
 
-    async def __aenter__(self) -> Caller:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:

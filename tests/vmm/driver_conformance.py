@@ -13,9 +13,10 @@ import pytest
 
 from pageferry.errors import FerryError, Reason
 from pageferryd.linux.unix_peer import recv_with_fds
-from pageferryd.vmm.driver import Activity, VmmDriver
+from pageferryd.vmm.driver import Activity, FaultEndpoint, VmmDriver
 
 DEADLINE = 20.0
+FAULTS = FaultEndpoint("/nowhere", b"f" * 32)
 
 
 class House(Protocol):
@@ -38,7 +39,7 @@ class House(Protocol):
 Calls = dict[str, Callable[[VmmDriver], Awaitable[object]]]
 CALLS: Calls = {
     "describe": lambda driver: driver.describe(),
-    "attach_pager": lambda driver: driver.attach_pager("/nowhere"),
+    "attach_pager": lambda driver: driver.attach_pager("/nowhere", FAULTS),
     "pause": lambda driver: driver.pause(),
     "save_state": lambda driver: driver.save_state(),
     "load_state": lambda driver: driver.load_state(b""),
@@ -62,7 +63,7 @@ async def attach(driver: VmmDriver, path: Path) -> tuple[socket.socket, list[int
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         listener.listen(1)
-        await driver.attach_pager(str(path))
+        await driver.attach_pager(str(path), FAULTS)
         listener.setblocking(False)
         connection, _ = await asyncio.get_running_loop().sock_accept(listener)
     connection.setblocking(True)
@@ -84,6 +85,7 @@ class DriverConformance:
         assert await activity(driver) is Activity.PAUSED
         await driver.pause()
         assert await driver.save_state()
+        assert list(await driver.private_pages()) == []
         assert await activity(driver) is Activity.PAUSED
         await driver.resume()
         assert await activity(driver) is Activity.RUNNING
@@ -95,7 +97,7 @@ class DriverConformance:
         assert await activity(running.driver) is Activity.RUNNING
 
     async def test_a_running_vmm_takes_no_guest_in(self, running: House) -> None:
-        assert await reason_of(running.driver.attach_pager("/nowhere")) is Reason.ILLEGAL_STATE
+        assert await reason_of(running.driver.attach_pager("/nowhere", FAULTS)) is Reason.ILLEGAL_STATE
         assert await reason_of(running.driver.load_state(b"state")) is Reason.ILLEGAL_STATE
         assert await activity(running.driver) is Activity.RUNNING
 
@@ -116,14 +118,14 @@ class DriverConformance:
     async def test_an_incoming_vmm_hands_its_memory_over_once(self, incoming: House, tmp_path: Path) -> None:
         connection, fds = await attach(incoming.driver, tmp_path / "p")
         assert len(fds) == 1
-        assert os.readlink(f"/proc/self/fd/{fds[0]}") == "anon_inode:[userfaultfd]"
+        assert os.readlink(f"/proc/self/fd/{fds[0]}") == "anon_inode:[userfaultfd]"  # noqa: PTH115
         assert await activity(incoming.driver) is Activity.INCOMING
-        assert await reason_of(incoming.driver.attach_pager(str(tmp_path / "p"))) is Reason.ILLEGAL_STATE
+        assert await reason_of(incoming.driver.attach_pager(str(tmp_path / "p"), FAULTS)) is Reason.ILLEGAL_STATE
         os.close(fds[0])
         connection.close()
 
     async def test_a_pager_that_is_not_there_is_an_error_of_the_vmm(self, incoming: House, tmp_path: Path) -> None:
-        assert await reason_of(incoming.driver.attach_pager(str(tmp_path / "nobody"))) is Reason.VMM_FAILED
+        assert await reason_of(incoming.driver.attach_pager(str(tmp_path / "nobody"), FAULTS)) is Reason.VMM_FAILED
         assert await activity(incoming.driver) is Activity.INCOMING
 
     async def test_kill_ends_the_vmm_and_is_harmless_afterwards(self, running: House) -> None:

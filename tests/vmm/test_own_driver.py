@@ -191,5 +191,3 @@ async def test_a_path_that_no_socket_can_have_is_refused(path: str) -> None:
     with pytest.raises(FerryError) as refused:
         VmmServiceDriver(path)
     assert refused.value.reason is Reason.INVALID_ARGUMENT
-
-

@@ -63,6 +63,7 @@ class Arrival:
         self._installer = installer
         self._faults = faults
         self._watch: VmmWatch | None = None
+        self._held = False
 
     @classmethod
     async def take_over(
@@ -91,10 +92,10 @@ class Arrival:
         exit_door, doors = handoff.doors()
         installer = handoff.installer()
         session = Session(handoff.layout, doors, installer, opener, options, paused, lanes)
-        faults.connect(exit_door, session, handoff)
         arrival = cls(handoff, session, installer, faults)
+        faults.connect(exit_door, session, handoff)
         try:
-            arrival._watch = VmmWatch(vmm.pid, lambda: session.fail(_gone(vmm.pid)))
+            arrival._watch = VmmWatch(vmm.pid, lambda: arrival._vmm_ended(vmm.pid))
         except BaseException:
             # The guest has never run: nobody can read what is missing.
             await arrival.abandon()
@@ -113,12 +114,25 @@ class Arrival:
         self._handoff.close()
 
     async def hold(self) -> None:
-        """Stop, and keep the guest's memory guarded: who touches a missing page waits, and reads no zeroes."""
-        await self._stop()
+        """Stop, and keep the guest's memory guarded: who touches a missing page waits, and reads no zeroes.
+
+        When its VMM has ended, the rest is let go.
+        """
+        self._held = True
+        await self._stop_serving()
+
+    def _vmm_ended(self, pid: int) -> None:
+        if self._held:
+            self._handoff.close()
+        else:
+            self.session.fail(_gone(pid))
 
     async def _stop(self) -> None:
         if self._watch is not None:
             self._watch.close()
+        await self._stop_serving()
+
+    async def _stop_serving(self) -> None:
         await self._faults.stop()
         await self.session.close()
 

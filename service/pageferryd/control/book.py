@@ -32,7 +32,8 @@ class MigrationBook:
         self._max_active = max_active
         self._evicted = evicted
         self._movers: OrderedDict[str, Mover] = OrderedDict()
-        self._forgotten = Figures()
+        self._ended = Figures()
+        self._counted: set[str] = set()
 
     def check_room(self) -> None:
         """Raise FerryError(TOO_MANY_MIGRATIONS) when as many are under way as may be."""
@@ -47,7 +48,8 @@ class MigrationBook:
         self._movers[mover.record.migration_id] = mover
         ended = [known for known in self._movers.values() if known.record.state.final]
         for old in ended[: max(len(ended) - MAX_ENDED, 0)]:
-            self._forgotten.add(_figures(old))
+            self._count_ended(old)
+            self._counted.discard(old.record.migration_id)
             del self._movers[old.record.migration_id]
             self._evicted(old.record.migration_id)
 
@@ -89,10 +91,19 @@ class MigrationBook:
     def figures(self) -> Figures:
         """Return what all migrations since the start have counted."""
         total = Figures()
-        total.add(self._forgotten)
         for mover in self._movers.values():
-            total.add(_figures(mover))
+            if mover.record.state.final and not _is_live(mover):
+                self._count_ended(mover)
+            else:
+                total.add(_figures(mover))
+        total.add(self._ended)
         return total
+
+    def _count_ended(self, mover: Mover) -> None:
+        """Add up once what will not change any more."""
+        if mover.record.migration_id not in self._counted:
+            self._counted.add(mover.record.migration_id)
+            self._ended.add(_figures(mover))
 
     def gauges(self) -> Gauges:
         """Return how things stand."""
@@ -115,6 +126,10 @@ class MigrationBook:
             gauges.last_postcopy_seconds = view.postcopy_duration.ToTimedelta().total_seconds()
         gauges.last_pages = view.progress.pages_present
         gauges.last_faults = view.progress.faults
+
+
+def _is_live(mover: Mover) -> bool:
+    return isinstance(mover, Incoming) and mover.arrival is not None
 
 
 def _figures(mover: Mover) -> Figures:

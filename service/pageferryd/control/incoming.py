@@ -209,6 +209,8 @@ class Incoming:
 
     async def stop(self) -> None:
         """The sidecar ends: stop, with missing pages guarded for as long as the VMM keeps its userfaultfd."""
+        # A guest that has not run here goes on at its source, and nobody may commit it any more.
+        await self._give_up(FerryError(Reason.SHUTTING_DOWN, "the destination's sidecar is shutting down"))
         if self._deadline is not None:
             self._deadline.cancel()
         if self._task is not None:

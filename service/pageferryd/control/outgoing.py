@@ -193,14 +193,17 @@ class Outgoing:
         self._committed = True
         record.lifecycle.to(State.POSTCOPY)
         backoff = self._around.settings.limits.reconnect_initial_seconds
+        first = True
         while True:
             try:
                 await self._peer().commit()
                 break
             except FerryError as error:
-                if error.reason is Reason.NEVER_RAN:
+                if error.reason is Reason.NEVER_RAN or (first and error.reason is Reason.UNKNOWN_MIGRATION):
+                    # It cannot have run there: no commit before this one was heard.
                     self._committed = False
                     raise
+                first = False
                 record.trouble(error)
                 _log.warning("commit_unanswered", migration=record.migration_id, detail=error.message)
             if self._completed.is_set():

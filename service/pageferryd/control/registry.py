@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -102,13 +103,13 @@ class GuestRegistry:
 
     async def list(self) -> list[migration_pb2.Guest]:
         """Return all guests by id; one whose VMM does not answer shows without a state."""
-        guests = []
-        for _, guest in sorted(self._guests.items()):
-            try:
-                guests.append(await self.look(guest))
-            except FerryError:
-                guests.append(_plain(guest))
-        return guests
+        return await asyncio.gather(*(self._look_or_plain(guest) for _, guest in sorted(self._guests.items())))
+
+    async def _look_or_plain(self, guest: Guest) -> migration_pb2.Guest:
+        try:
+            return await self.look(guest)
+        except FerryError:
+            return _plain(guest)
 
     async def look(self, guest: Guest) -> migration_pb2.Guest:
         """Ask the VMM, and return the guest as it is."""

@@ -144,7 +144,8 @@ class DemandQueue:
         while unsent and len(pages) < self._batch:
             page = unsent.popleft()
             waiter = waiters.get(page)
-            if waiter is not None:
+            # A page that was settled and faulted on again is queued twice.
+            if waiter is not None and not waiter.sent:
                 waiter.sent = now
                 pages.append(page)
         return pages

@@ -98,9 +98,10 @@ async def _receive_table(connection: socket.socket, fds: list[int]) -> Any:
         data += received.data
         if received.data and len(data) <= MAX_TABLE_BYTES and len(fds) <= MAX_FDS:
             if data.rstrip().endswith(b"]"):
+                # Regions hold no arrays: this is the end of the table, if it is one.
                 with contextlib.suppress(ValueError, RecursionError):
                     return json.loads(data)
-            if data.lstrip()[:1] == b"[" and not received.truncated:
+            elif data.lstrip()[:1] == b"[" and not received.truncated:
                 continue
         raise FerryError(Reason.HANDOFF_MALFORMED, f"the hand-off is no JSON table of regions ({len(data)} bytes came)")
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from pageferryd.core.pager import Answer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pageferryd.core.demand import FaultTimes
+    from pageferryd.core.layout import Layout
     from pageferryd.core.pager import Pager
     from pageferryd.destination.door import DoorEvents
     from pageferryd.destination.placer import Placer
@@ -68,9 +69,33 @@ class FaultIntake:
 
     def discard(self, first: int, pages: int, now: float) -> None:
         """The guest gave pages away, or converts them: whatever is under way of them is dropped, and they are zero."""
+        for start, length, whole in whole_granules(self._pager.layout, first, pages):
+            if whole:
+                self._discard_whole(start, length, now)
+            else:
+                self._placer.partly_dropped(start, length)
+
+    def _discard_whole(self, first: int, pages: int, now: float) -> None:
         self._placer.dropped(first, pages)
         waited_for = self._pager.discard(first, pages, now)
         for times in waited_for:
             self._placer.serve_zero(times.page)
         if waited_for:
             self._ended(waited_for)
+
+
+def whole_granules(layout: Layout, first: int, pages: int) -> Iterator[tuple[int, int, bool]]:
+    """Cut a run where it leaves whole granules; yields (first, pages, whether they are whole granules)."""
+    if layout.uniform:
+        yield first, pages, True
+        return
+    stop = first + pages
+    while first < stop:
+        start, size = layout.granule(first)
+        if size == 1:
+            end = min(stop, layout.end_of_region(first))
+            yield first, end - first, True
+        else:
+            end = min(stop, start + size)
+            yield first, end - first, end - first == size
+        first = end

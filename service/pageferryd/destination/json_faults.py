@@ -29,6 +29,7 @@ _CHUNK = 64 << 10
 MAX_REQUEST = 4 << 10
 MAX_UNSENT = 1 << 20
 """Bytes of replies that a VMM may leave unread before it is no longer listened to."""
+_MAX_U32 = (1 << 32) - 1
 _MAX_U64 = (1 << 64) - 1
 
 
@@ -71,33 +72,32 @@ class JsonFaults:
             self.close()
 
     def _take_requests(self) -> None:
-        while self._text:
-            text = self._text.lstrip()
+        text, at = self._text, 0
+        while at < len(text):
+            if text[at].isspace():
+                at += 1
+                continue
+            if text[at] != "{":
+                raise FerryError(Reason.INVALID_ARGUMENT, "a fault on the hand-off's socket is no JSON object")
             try:
-                request, end = self._decoder.raw_decode(text)
+                request, end = self._decoder.raw_decode(text, at)
             except json.JSONDecodeError:
-                if len(text) > MAX_REQUEST:
+                if len(text) - at > MAX_REQUEST:
                     raise
                 # The rest of it has yet to come.
-                self._text = text
-                return
-            self._text = text[end:]
+                break
+            at = end
             self._take(request)
+        self._text = text[at:]
 
-    def _take(self, request: Any) -> None:
-        if not isinstance(request, dict):
-            raise FerryError(Reason.INVALID_ARGUMENT, "a fault on the hand-off's socket is no JSON object")
-        offset, vcpu, flags = (_number(request, name) for name in ("offset", "vcpu", "flags"))
+    def _take(self, request: dict[str, Any]) -> None:
+        offset, flags = (_number(request, name, _MAX_U64) for name in ("offset", "flags"))
+        vcpu = _number(request, "vcpu", _MAX_U32)
+        token = None if request.get("token") is None else _number(request, "token", _MAX_U32)
         page = offset // PAGE_SIZE
         if page >= self._layout.page_count:
             raise FerryError(Reason.PAGE_OUT_OF_RANGE, f"a fault at offset {offset:#x} is outside the guest's memory")
-        reply = {
-            "vcpu": vcpu,
-            "token": request.get("token"),
-            "offset": page * PAGE_SIZE,
-            "len": PAGE_SIZE,
-            "flags": flags,
-        }
+        reply = {"vcpu": vcpu, "token": token, "offset": page * PAGE_SIZE, "len": PAGE_SIZE, "flags": flags}
         self._door.fault(page, 1, lambda how: self._answer(reply, how))
 
     def _answer(self, reply: dict[str, Any], how: Settled) -> None:
@@ -128,8 +128,8 @@ class JsonFaults:
             self._loop.remove_writer(self._connection.fileno())
 
 
-def _number(request: dict[str, Any], name: str) -> int:
+def _number(request: dict[str, Any], name: str, largest: int) -> int:
     value = request.get(name)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_U64:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= largest:
         return value
     raise FerryError(Reason.INVALID_ARGUMENT, f"a fault on the hand-off's socket has no usable {name}")

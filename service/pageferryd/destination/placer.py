@@ -272,6 +272,11 @@ class Placer:
             self._pager.discard(first, pages, self._clock())
         self._tell(first, pages, Settled.ZERO if how is Placed.DONE else Settled.PRESENT)
 
+    def partly_dropped(self, first: int, pages: int) -> None:
+        """The guest gave pages away that are less than one granule: the kernel zeroes them once it is installed."""
+        for start, length in self._pager.map.missing_runs(first, pages):
+            self._staging.punch(start, length)
+
     def dropped(self, first: int, pages: int) -> None:
         """The guest gave pages away, or converts them: what is staged or delivered of them is worthless."""
         self.desk.drop(first, pages)

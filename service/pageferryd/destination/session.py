@@ -147,6 +147,10 @@ class Session:
             except FerryError as error:
                 await self._drop_lanes()
                 self._raise_failure()
+                if self._finished.done() and error.reason is Reason.UNKNOWN_MIGRATION:
+                    # A source that has forgotten the migration has let the memory go; there is nothing left to ask for.
+                    _log.warning("source_forgot_migration", detail=error.message)
+                    return
                 if self.pager.map.settled.count > settled:
                     # That a source takes calls does not make it one that gives pages.
                     settled, backoff = self.pager.map.settled.count, self._options.backoff_initial

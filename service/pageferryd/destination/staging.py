@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from pageferryd.core.layout import PAGE_SIZE
+from pageferryd.core.page_set import PageSet
 from pageferryd.core.runs import POISONED, RAW, ZERO, Run
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Staging:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._granules: dict[int, _Granule] = {}
+        # Single pages of granules that the guest gave away before the whole had come: zero, whatever comes for them.
+        self._holes = PageSet(layout.page_count)
 
     def __len__(self) -> int:
         return len(self._granules)
@@ -68,11 +71,20 @@ class Staging:
 
     def _finish(self, start: int, size: int) -> Whole:
         granule = self._granules.pop(start)
+        for page in range(start, start + size) if self._holes.count else ():
+            if page in self._holes:
+                into = (page - start) * PAGE_SIZE
+                granule.data[into : into + PAGE_SIZE] = bytes(PAGE_SIZE)
+        self._holes.remove(start, size)
         if granule.poisoned:
             return Whole(Run(start, size, POISONED), b"")
         if granule.raw:
             return Whole(Run(start, size, RAW), bytes(granule.data))
         return Whole(Run(start, size, ZERO), b"")
+
+    def punch(self, first: int, pages: int) -> None:
+        """The guest gave a part of a granule away that is not installed yet: that part of it will be zero."""
+        self._holes.add(first, pages)
 
     def drop(self, first: int, pages: int) -> None:
         """Forget granules that lie in a run: the guest gave them away."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 
+MAX_FORKS = 16
 MAX_READS = 64
 """Reads in a row before others get their turn in the loop."""
 
@@ -37,7 +37,7 @@ class UffdDoor:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._deliver: Callable[[DoorEvents], None] = lambda _events: None
         self._failed: Callable[[Exception], None] = lambda _error: None
-        # A child's memory must not read as zeroes: its userfaultfd is held for as long as the door lives.
+        # Never closed: what a child lacks of the memory would read as zeroes from then on.
         self._forks: list[int] = []
 
     def open(self, deliver: Callable[[DoorEvents], None], failed: Callable[[Exception], None]) -> None:
@@ -59,8 +59,6 @@ class UffdDoor:
         if self._loop is not None:
             self._loop.remove_reader(self._uffd.fileno())
             self._loop = None
-        while self._forks:
-            os.close(self._forks.pop())
 
     def _readable(self) -> None:
         loop = self._loop
@@ -98,6 +96,8 @@ class UffdDoor:
     def _refuse(self, event: Remap | Fork) -> None:
         if isinstance(event, Fork):
             self._forks.append(event.fd)
+            if len(self._forks) > MAX_FORKS:
+                raise FerryError(Reason.USERFAULTFD_REFUSED, f"the VMM forked {len(self._forks)} times meanwhile")
             _log.error(
                 "vmm_forked", remedy="do not fork a VMM while its guest's memory comes: the child waits for ever"
             )

@@ -2,7 +2,7 @@
 
 A guest's memory that came page by page is mapped by page tables of 4 KiB entries; as huge pages it costs fewer of them,
 and fewer TLB misses. All of this is a bonus: where the kernel refuses, the guest runs on as it is. It needs
-CAP_SYS_NICE and the right to trace the process, and whole 2 MiB of memory that is all there: no userfaultfd may watch it.
+CAP_SYS_NICE and the right to trace the process, and whole 2 MiB of memory that no userfaultfd watches any more.
 """
 
 from __future__ import annotations
@@ -57,24 +57,26 @@ def collapse(pid: int, spans: Iterable[tuple[int, int]]) -> int:
         _log.info("memory_not_collapsed", pid=pid, detail=error.message)
         return 0
     try:
-        _collapse(process, list(_pieces(spans)))
+        refusals = {_collapse(process.fileno(), list(_pieces(span))) for span in spans} - {0}
     finally:
         process.close()
+    if refusals:
+        _log.info("memory_not_collapsed", pid=pid, detail=", ".join(map(os.strerror, sorted(refusals))))
     return max(0, big_bytes(pid, spans) - before)
 
 
-def _collapse(process: PidFd, pieces: Sequence[int]) -> None:
-    at, skipped, number = 0, 0, 0
+def _collapse(pidfd: int, pieces: Sequence[int]) -> int:
+    """Collapse pieces up to the first that cannot be; return the errno of that one, or of any that was skipped."""
+    at = skipped = refusal = 0
     while at < len(pieces) and skipped <= _MAX_SKIPPED:
-        done, number = _advise(process.fileno(), pieces[at : at + _PIECES_A_CALL])
+        done, number = _advise(pidfd, pieces[at : at + _PIECES_A_CALL])
         at += done
+        refusal = number or refusal
         if number in _PASSING:
             at, skipped = at + 1, skipped + 1
         elif number:
             break
-    if number or skipped:
-        detail = os.strerror(number) if number else "some of it was in use"
-        _log.info("memory_not_collapsed", pid=process.pid, detail=detail, pieces=len(pieces), reached=at - skipped)
+    return refusal
 
 
 def _advise(pidfd: int, pieces: Sequence[int]) -> tuple[int, int]:
@@ -87,10 +89,10 @@ def _advise(pidfd: int, pieces: Sequence[int]) -> tuple[int, int]:
     return int(done) // HUGE, 0
 
 
-def _pieces(spans: Iterable[tuple[int, int]]) -> Iterator[int]:
+def _pieces(span: tuple[int, int]) -> Iterator[int]:
     """Yield the address of each aligned 2 MiB that lies within a span."""
-    for address, length in spans:
-        yield from range(-(-address // HUGE) * HUGE, address + length - HUGE + 1, HUGE)
+    address, length = span
+    yield from range(-(-address // HUGE) * HUGE, address + length - HUGE + 1, HUGE)
 
 
 def big_bytes(pid: int, spans: Iterable[tuple[int, int]]) -> int:
