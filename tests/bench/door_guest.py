@@ -2,7 +2,8 @@
 
 Its memory is a shared memfd in either case. With `--door uffd` a userfaultfd goes to the pager, and a fault is a touch
 of the mapping. With `--door exit` the memfd and a userfault bitmap go there, and a fault is what a VMM does at a vCPU's
-exit: look at the bitmap, forward the fault where the page's bit is set, then read the page.
+exit: look at the bitmap, forward the fault where the page's bit is set, then read the page. It goes to the FaultService;
+with `--door json` it goes as JSON on the hand-off's socket instead.
 
 One JSON object a line on stdout, one command a line on stdin: `touch COUNT THREADS` touches COUNT random pages that are
 missing, or as many as there still are, and answers with the microseconds of each and the seconds of all.
@@ -27,6 +28,7 @@ from typing import Protocol
 # Read when gRPC is first imported: see pageferry.vmm.faults.
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 
+from json_exits import JsonForwarder  # noqa: E402
 from toucher import PAGE, Toucher  # noqa: E402
 
 from pageferry.errors import FerryError, Reason  # noqa: E402
@@ -76,9 +78,9 @@ class UffdDoor:
 class ExitDoor:
     """Each access looks at the bitmap first."""
 
-    def __init__(self, bitmap: UserfaultBitmap, endpoint: FaultEndpoint) -> None:
+    def __init__(self, bitmap: UserfaultBitmap, forwarder: FaultForwarder | JsonForwarder) -> None:
         self._bitmap = bitmap
-        self._forwarder = FaultForwarder(endpoint)
+        self._forwarder = forwarder
 
     def is_missing(self, page: int) -> bool:
         return self._bitmap.is_set(page)
@@ -124,12 +126,13 @@ class DoorGuest(Toucher):
         regions = [HandoffRegion(address, self.memory.size, 0, self._page_size, gpa_start=0)]
         connection = await asyncio.to_thread(send_handoff, socket_path, [self.memory.memfd, bitmap.memfd], regions)
         self.link = PagerLink(None, connection)
-        self.door = ExitDoor(bitmap, self._endpoint)
+        forwarder = FaultForwarder(self._endpoint) if self._kind == "exit" else JsonForwarder(connection)
+        self.door = ExitDoor(bitmap, forwarder)
 
     async def detach_pager(self) -> None:
-        await super().detach_pager()
         if isinstance(self.door, ExitDoor):
             await asyncio.to_thread(self.door.close)
+        await super().detach_pager()
 
 
 def fill(memory: GuestMemory, pages: range) -> None:
@@ -220,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--memory", type=int, required=True, help="MiB")
-    parser.add_argument("--door", choices=("uffd", "exit"), required=True)
+    parser.add_argument("--door", choices=("uffd", "exit", "json"), required=True)
     parser.add_argument("--page-size", type=int, default=PAGE, help="what the memory is said to be backed with, bytes")
     parser.add_argument("--every", type=int, default=1, help="only every n-th page is written, and touched")
     parser.add_argument("--incoming", action="store_true")

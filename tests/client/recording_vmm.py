@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
-from pageferry.vmm import FaultEndpoint, MemoryDescription, ProcessMemory, Region, Vmm, VmmState
+from pageferry.vmm import (
+    FaultEndpoint,
+    MemoryDescription,
+    PageBundle,
+    PrivatePages,
+    ProcessMemory,
+    Region,
+    Vmm,
+    VmmState,
+)
 
 
 class RecordingVmm(Vmm):
@@ -14,7 +23,8 @@ class RecordingVmm(Vmm):
         self.state = state
         self.regions = [Region(0, 1 << 20, location=ProcessMemory(0x1000))]
         self.saved = b"saved"
-        self.private: list[tuple[int, int]] = []
+        self.private = PrivatePages()
+        self.bundles: list[PageBundle] = []
         self.calls: list[object] = []
         self.failures: dict[str, BaseException] = {}
         self.gates: dict[str, asyncio.Event] = {}
@@ -40,7 +50,11 @@ class RecordingVmm(Vmm):
     async def use_fault_service(self, endpoint: FaultEndpoint) -> None:
         await self._record("use faults", endpoint)
 
-    async def list_private_pages(self) -> list[tuple[int, int]]:
+    async def export_guest_pages(self, guest_addresses: list[int]) -> list[PageBundle]:
+        await self._record("export", guest_addresses)
+        return self.bundles
+
+    async def list_private_pages(self) -> PrivatePages:
         await self._record("list private")
         return self.private
 

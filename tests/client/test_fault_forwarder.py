@@ -64,11 +64,14 @@ def test_a_delivered_page_comes_with_its_bytes_and_metadata(service: FaultServic
         sharing=pb.SHARING_PRIVATE,
         payload=b"ciphertext",
         metadata=b"mac",
+        bundle_addresses=[PAGE, 9 * PAGE],
+        stream=2,
+        epoch=5,
     )
 
     resolution = forwarder.resolve(0, PAGE, private=True)
 
-    assert resolution == Resolution(PAGE, PAGE, Outcome.DELIVERED, True, b"ciphertext", b"mac")
+    assert resolution == Resolution(PAGE, PAGE, Outcome.DELIVERED, True, b"ciphertext", b"mac", (PAGE, 9 * PAGE), 2, 5)
 
 
 def test_faults_are_answered_in_any_order(service: FaultService, forwarder: FaultForwarder) -> None:

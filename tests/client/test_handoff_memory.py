@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import array
+import fcntl
 import json
 import os
+import select
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny_pager import read_fault
 
+from pageferry.abi import userfaultfd as abi
 from pageferry.errors import FerryError, Reason
 from pageferry.vmm import Backing, GuestMemfd, GuestMemory, HandoffRegion, PagerLink, UserfaultBitmap, send_handoff
 
@@ -57,6 +62,43 @@ def test_three_descriptors_are_the_userfaultfd_the_memory_and_its_bitmap(listene
     for fd in (uffd, memfd, bits):
         os.close(fd)
     link.close()
+    memory.close()
+    bitmap.close()
+
+
+@pytest.mark.root
+@pytest.mark.userfaultfd
+def test_an_access_of_the_vmm_to_a_page_that_is_in_the_memfd_waits_for_the_pager_too(listener: socket.socket) -> None:
+    memory, bitmap = GuestMemory(PAGE, Backing.SHMEM), UserfaultBitmap(1)
+    link = PagerLink.open(listener.getsockname(), memory, bitmap=bitmap)
+    connection, _, (uffd, memfd, bits) = receive(listener)
+    os.pwrite(memfd, b"installed", 0)
+    seen: list[bytes] = []
+    reader = threading.Thread(target=lambda: seen.append(memory.read(0, 9)))
+    reader.start()
+    assert select.select([uffd], [], [], 20)[0]
+    assert read_fault(uffd) == memory.address
+    assert not seen
+
+    fcntl.ioctl(uffd, abi.UFFDIO_CONTINUE, bytearray(abi.CONTINUE.pack(memory.address, PAGE, 0, 0)))
+    reader.join(20)
+
+    assert seen == [b"installed"]
+    connection.close()
+    for fd in (uffd, memfd, bits):
+        os.close(fd)
+    link.close()
+    memory.close()
+    bitmap.close()
+
+
+def test_anonymous_memory_cannot_be_handed_over_itself(listener: socket.socket) -> None:
+    memory, bitmap = GuestMemory(PAGE), UserfaultBitmap(1)
+
+    with pytest.raises(FerryError, match="no memfd") as refused:
+        PagerLink.open(listener.getsockname(), memory, bitmap=bitmap)
+
+    assert refused.value.reason is Reason.INVALID_ARGUMENT
     memory.close()
     bitmap.close()
 

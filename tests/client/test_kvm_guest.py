@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import ctypes
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
+from guest_memfd_pager import GuestMemfdPager
 
 from pageferry.errors import FerryError, Reason
 from pageferry.guests.kvm.guest import KvmGuest
@@ -73,6 +75,39 @@ async def test_a_guest_of_any_size_finds_its_memory_whole(size: int, order: Orde
 
         assert (verified.pages, verified.bad, verified.first_bad) == (size // PAGE, 0, [])
         assert guest.status().errors == 0
+
+
+async def test_a_guest_on_guest_memfd_finds_its_memory_whole() -> None:
+    async with booted(4 * MIB, backing=Backing.GUEST_MEMFD) as guest:
+        await passes(guest, Layout.of(4 * MIB).data_pages, 2)
+
+        assert (await guest.verify()).bad == 0
+        assert await memory_address(guest)
+
+
+async def test_a_guest_on_guest_memfd_can_be_closed_while_its_vcpu_waits_for_a_page(short_path: Path) -> None:
+    async with booted(backing=Backing.GUEST_MEMFD) as source:
+        await source.pause()
+        state = await source.save_state()
+        address = await memory_address(source)
+        pager = GuestMemfdPager(short_path)
+        pager.serve(lambda offset: read_page(address + offset))
+        target = KvmGuest(MIB, Backing.GUEST_MEMFD, on_kill=lambda: None)
+        await target.use_fault_service(pager.service.endpoint)
+        await target.attach_pager(pager.path)
+        await target.load_state(state)
+        before = len(pager.faulted)
+        pager.service.answer = lambda request: None
+        await target.resume()
+        while pager.service.fault().guest_address < Layout.of(MIB).data_address:
+            pass
+
+        with pytest.raises(FerryError) as failed:
+            await target.close()
+
+        assert failed.value.reason is Reason.CANCELLED
+        assert len(pager.faulted) == before
+        pager.close()
 
 
 async def test_memory_is_whole_wherever_the_guest_is_stopped() -> None:

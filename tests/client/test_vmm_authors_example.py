@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from doc_examples import examples
+from guest_memfd_pager import GuestMemfdPager
 from tiny_pager import TinyPager
 
 from pageferry.channel import open_channel
+from pageferry.v1 import fault_pb2, vmm_pb2_grpc
 from pageferry.v1 import vmm_pb2 as pb
-from pageferry.v1 import vmm_pb2_grpc
+from pageferry.vmm import GuestMemfd
 
 PAGE = 4096
 
@@ -65,7 +69,7 @@ async def running(program: Path, socket_path: Path, *options: str) -> AsyncItera
 
 @pytest.fixture
 def program(short_path: Path) -> Path:
-    (source,) = examples("vmm-authors.md", "python")
+    source = examples("vmm-authors.md", "python")[0]
     path = short_path / "counting_vmm.py"
     path.write_text(source)
     return path
@@ -98,3 +102,26 @@ async def test_the_guest_of_the_example_is_moved_and_goes_on_counting(
         assert int.from_bytes(await target.pause_and_save(), "little") == target.count()
         assert int.from_bytes(state, "little") == moved_at
         assert await asyncio.wait_for(source.process.wait(), 30) == 0
+
+
+def test_the_example_with_exits_waits_for_pages_that_are_missing_and_for_no_others(short_path: Path) -> None:
+    module: dict[str, Any] = {}
+    exec(examples("vmm-authors.md", "python")[1], module)
+    memfd = os.memfd_create("guest")
+    os.ftruncate(memfd, 8 * PAGE)
+    memory, pager = GuestMemfd(memfd, 8 * PAGE), GuestMemfdPager(short_path)
+    pager.serve(lambda offset: bytes([offset // PAGE]) * PAGE)
+    exits = module["Exits"](pager.path, pager.service.endpoint, memory)
+    pager.push(4, 5)
+
+    for page in (3, 3, 4):
+        exits.wait_for(0, page * PAGE + 100)
+
+    assert pager.faulted == [3]
+    assert [memory.read(page * PAGE, 1) for page in (3, 4, 5)] == [b"\x03", b"\x04", b"\x00"]
+    pager.outcome = fault_pb2.OUTCOME_POISONED
+    with pytest.raises(MemoryError):
+        exits.wait_for(0, 5 * PAGE)
+    exits.close()
+    pager.close()
+    memory.close()

@@ -14,7 +14,18 @@ from recording_vmm import RecordingVmm
 from pageferry.channel import open_channel
 from pageferry.errors import FerryError, Reason, from_rpc
 from pageferry.v1 import memory_pb2, vmm_pb2, vmm_pb2_grpc
-from pageferry.vmm import FaultEndpoint, FileMemory, MemfdMemory, ProcessMemory, Region, Vmm, VmmServer, VmmState
+from pageferry.vmm import (
+    FaultEndpoint,
+    FileMemory,
+    MemfdMemory,
+    PageBundle,
+    PrivatePages,
+    ProcessMemory,
+    Region,
+    Vmm,
+    VmmServer,
+    VmmState,
+)
 from pageferry.vmm.servicer import MAX_STATE_BYTES
 
 # Not a value that from_rpc gives for an ErrorInfo of these tests: it would show that none was sent.
@@ -40,6 +51,9 @@ class Client:
 
     async def list_private(self) -> vmm_pb2.ListPrivatePagesResponse:
         return await self._stub.ListPrivatePages(vmm_pb2.ListPrivatePagesRequest())
+
+    async def export(self, *addresses: int) -> vmm_pb2.ExportGuestPagesResponse:
+        return await self._stub.ExportGuestPages(vmm_pb2.ExportGuestPagesRequest(guest_addresses=addresses))
 
     async def pause(self) -> None:
         await self._stub.Pause(vmm_pb2.PauseRequest())
@@ -303,6 +317,7 @@ async def test_a_vmm_without_such_memory_leaves_the_fault_service_alone(short_pa
     class Plain(RecordingVmm):
         use_fault_service = Vmm.use_fault_service
         list_private_pages = Vmm.list_private_pages
+        export_guest_pages = Vmm.export_guest_pages
 
     vmm, server = Plain(VmmState.INCOMING), VmmServer()
     await server.start(vmm, str(short_path / "plain.sock"))
@@ -310,18 +325,43 @@ async def test_a_vmm_without_such_memory_leaves_the_fault_service_alone(short_pa
         client = Client(channel)
         await client.attach_with_faults("/run/faults.sock", b"\xff")
         vmm.state = VmmState.PAUSED
-        assert not (await client.list_private()).sizes
+        assert await client.list_private() == vmm_pb2.ListPrivatePagesResponse()
+        error = await refusal(client.export(0))
     await server.stop(grace=0)
 
     assert vmm.calls == [("attach", "/run/pager.sock")]
+    assert error.reason is Reason.ILLEGAL_STATE
 
 
 async def test_private_pages_of_a_paused_guest_are_listed(client: Client, vmm: RecordingVmm) -> None:
     error = await refusal(client.list_private())
     assert error.reason is Reason.ILLEGAL_STATE
-    vmm.state, vmm.private = VmmState.PAUSED, [(0, 4096), (1 << 32, 8192)]
+    vmm.state, vmm.private = VmmState.PAUSED, PrivatePages([(0, 4096), (1 << 32, 8192)], opaque=True)
 
     listed = await client.list_private()
 
     assert list(listed.guest_addresses) == [0, 1 << 32]
     assert list(listed.sizes) == [4096, 8192]
+    assert listed.opaque
+
+
+async def test_opaque_pages_are_exported_in_bundles(client: Client, vmm: RecordingVmm) -> None:
+    vmm.state = VmmState.PAUSED
+    vmm.bundles = [PageBundle([4096, 0], b"ciphertext", b"mac", stream=1, epoch=9), PageBundle([8192])]
+
+    whole, pending = (await client.export(0, 8192)).bundles
+
+    assert vmm.calls == [("export", [0, 8192])]
+    assert (list(whole.guest_addresses), whole.payload, whole.metadata) == ([4096, 0], b"ciphertext", b"mac")
+    assert (whole.stream, whole.epoch, pending.payload) == (1, 9, b"")
+
+
+async def test_what_is_too_much_to_be_exported_is_refused(client: Client, vmm: RecordingVmm) -> None:
+    vmm.state = VmmState.PAUSED
+
+    assert (await refusal(client.export(*range(0, 513 * 4096, 4096)))).reason is Reason.INVALID_ARGUMENT
+    assert vmm.calls == []
+    vmm.bundles = [PageBundle([0], bytes((4 << 20) + 1))]
+    assert (await refusal(client.export(0))).reason is Reason.VMM_FAILED
+    vmm.private = PrivatePages([(0, 4096)] * 1_000_001)
+    assert (await refusal(client.list_private())).reason is Reason.VMM_FAILED

@@ -33,11 +33,14 @@ class Guest(Child):
             self.close()
             raise
 
-    async def ask(self, command: str, answer: str) -> Event:
-        since = len(self.events)
+    def say(self, command: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(command.encode() + b"\n")
         self.process.stdin.flush()
+
+    async def ask(self, command: str, answer: str) -> Event:
+        since = len(self.events)
+        self.say(command)
         return await self.event(answer, since)
 
     async def status(self) -> Event:

@@ -24,35 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pageferry/v1/fault.proto\x12\x0cpageferry.v1\"\xba\x01\n\x14ResolveFaultsRequest\x12\r\n\x05token\x18\x01 \x01(\x04\x12\x0c\n\x04vcpu\x18\x02 \x01(\r\x12\x15\n\rguest_address\x18\x03 \x01(\x04\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12$\n\x06\x61\x63\x63\x65ss\x18\x05 \x01(\x0e\x32\x14.pageferry.v1.Access\x12&\n\x07sharing\x18\x06 \x01(\x0e\x32\x15.pageferry.v1.Sharing\x12\x12\n\nexit_flags\x18\x07 \x01(\x04\"\xdf\x01\n\x15ResolveFaultsResponse\x12\r\n\x05token\x18\x01 \x01(\x04\x12\x15\n\rguest_address\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12&\n\x07outcome\x18\x04 \x01(\x0e\x32\x15.pageferry.v1.Outcome\x12&\n\x07sharing\x18\x05 \x01(\x0e\x32\x15.pageferry.v1.Sharing\x12\x0f\n\x07payload\x18\x06 \x01(\x0c\x12\x10\n\x08metadata\x18\x07 \x01(\x0c\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x0f\n\x07message\x18\t \x01(\t\"b\n\x13\x43onvertRangeRequest\x12\x15\n\rguest_address\x18\x01 \x01(\x04\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12&\n\x07sharing\x18\x03 \x01(\x0e\x32\x15.pageferry.v1.Sharing\"\x16\n\x14\x43onvertRangeResponse\"Y\n\x06Import\x12\x15\n\rguest_address\x18\x01 \x01(\x04\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12*\n\x06result\x18\x03 \x01(\x0e\x32\x1a.pageferry.v1.ImportResult\"=\n\x14ReportImportsRequest\x12%\n\x07imports\x18\x01 \x03(\x0b\x32\x14.pageferry.v1.Import\"\x17\n\x15ReportImportsResponse*T\n\x06\x41\x63\x63\x65ss\x12\x16\n\x12\x41\x43\x43\x45SS_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x41\x43\x43\x45SS_READ\x10\x01\x12\x10\n\x0c\x41\x43\x43\x45SS_WRITE\x10\x02\x12\x0f\n\x0b\x41\x43\x43\x45SS_EXEC\x10\x03*K\n\x07Sharing\x12\x17\n\x13SHARING_UNSPECIFIED\x10\x00\x12\x12\n\x0eSHARING_SHARED\x10\x01\x12\x13\n\x0fSHARING_PRIVATE\x10\x02*\xa3\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_INSTALLED\x10\x01\x12\x10\n\x0cOUTCOME_ZERO\x10\x02\x12\x15\n\x11OUTCOME_DELIVERED\x10\x03\x12\x14\n\x10OUTCOME_POISONED\x10\x04\x12\x14\n\x10OUTCOME_SPURIOUS\x10\x05\x12\x13\n\x0fOUTCOME_REFUSED\x10\x06*\x95\x01\n\x0cImportResult\x12\x1d\n\x19IMPORT_RESULT_UNSPECIFIED\x10\x00\x12\x16\n\x12IMPORT_RESULT_DONE\x10\x01\x12\x17\n\x13IMPORT_RESULT_STALE\x10\x02\x12\x1b\n\x17IMPORT_RESULT_DUPLICATE\x10\x03\x12\x18\n\x14IMPORT_RESULT_FAILED\x10\x04\x32\x9d\x02\n\x0c\x46\x61ultService\x12\\\n\rResolveFaults\x12\".pageferry.v1.ResolveFaultsRequest\x1a#.pageferry.v1.ResolveFaultsResponse(\x01\x30\x01\x12U\n\x0c\x43onvertRange\x12!.pageferry.v1.ConvertRangeRequest\x1a\".pageferry.v1.ConvertRangeResponse\x12X\n\rReportImports\x12\".pageferry.v1.ReportImportsRequest\x1a#.pageferry.v1.ReportImportsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pageferry/v1/fault.proto\x12\x0cpageferry.v1\"\xba\x01\n\x14ResolveFaultsRequest\x12\r\n\x05token\x18\x01 \x01(\x04\x12\x0c\n\x04vcpu\x18\x02 \x01(\r\x12\x15\n\rguest_address\x18\x03 \x01(\x04\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12$\n\x06\x61\x63\x63\x65ss\x18\x05 \x01(\x0e\x32\x14.pageferry.v1.Access\x12&\n\x07sharing\x18\x06 \x01(\x0e\x32\x15.pageferry.v1.Sharing\x12\x12\n\nexit_flags\x18\x07 \x01(\x04\"\x98\x02\n\x15ResolveFaultsResponse\x12\r\n\x05token\x18\x01 \x01(\x04\x12\x15\n\rguest_address\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12&\n\x07outcome\x18\x04 \x01(\x0e\x32\x15.pageferry.v1.Outcome\x12&\n\x07sharing\x18\x05 \x01(\x0e\x32\x15.pageferry.v1.Sharing\x12\x0f\n\x07payload\x18\x06 \x01(\x0c\x12\x10\n\x08metadata\x18\x07 \x01(\x0c\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x0f\n\x07message\x18\t \x01(\t\x12\x18\n\x10\x62undle_addresses\x18\n \x03(\x06\x12\x0e\n\x06stream\x18\x0b \x01(\r\x12\r\n\x05\x65poch\x18\x0c \x01(\x04\"b\n\x13\x43onvertRangeRequest\x12\x15\n\rguest_address\x18\x01 \x01(\x04\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12&\n\x07sharing\x18\x03 \x01(\x0e\x32\x15.pageferry.v1.Sharing\"\x16\n\x14\x43onvertRangeResponse\"Y\n\x06Import\x12\x15\n\rguest_address\x18\x01 \x01(\x04\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12*\n\x06result\x18\x03 \x01(\x0e\x32\x1a.pageferry.v1.ImportResult\"=\n\x14ReportImportsRequest\x12%\n\x07imports\x18\x01 \x03(\x0b\x32\x14.pageferry.v1.Import\"\x17\n\x15ReportImportsResponse*T\n\x06\x41\x63\x63\x65ss\x12\x16\n\x12\x41\x43\x43\x45SS_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x41\x43\x43\x45SS_READ\x10\x01\x12\x10\n\x0c\x41\x43\x43\x45SS_WRITE\x10\x02\x12\x0f\n\x0b\x41\x43\x43\x45SS_EXEC\x10\x03*K\n\x07Sharing\x12\x17\n\x13SHARING_UNSPECIFIED\x10\x00\x12\x12\n\x0eSHARING_SHARED\x10\x01\x12\x13\n\x0fSHARING_PRIVATE\x10\x02*\xa3\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_INSTALLED\x10\x01\x12\x10\n\x0cOUTCOME_ZERO\x10\x02\x12\x15\n\x11OUTCOME_DELIVERED\x10\x03\x12\x14\n\x10OUTCOME_POISONED\x10\x04\x12\x14\n\x10OUTCOME_SPURIOUS\x10\x05\x12\x13\n\x0fOUTCOME_REFUSED\x10\x06*\x95\x01\n\x0cImportResult\x12\x1d\n\x19IMPORT_RESULT_UNSPECIFIED\x10\x00\x12\x16\n\x12IMPORT_RESULT_DONE\x10\x01\x12\x17\n\x13IMPORT_RESULT_STALE\x10\x02\x12\x1b\n\x17IMPORT_RESULT_DUPLICATE\x10\x03\x12\x18\n\x14IMPORT_RESULT_FAILED\x10\x04\x32\x9d\x02\n\x0c\x46\x61ultService\x12\\\n\rResolveFaults\x12\".pageferry.v1.ResolveFaultsRequest\x1a#.pageferry.v1.ResolveFaultsResponse(\x01\x30\x01\x12U\n\x0c\x43onvertRange\x12!.pageferry.v1.ConvertRangeRequest\x1a\".pageferry.v1.ConvertRangeResponse\x12X\n\rReportImports\x12\".pageferry.v1.ReportImportsRequest\x1a#.pageferry.v1.ReportImportsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pageferry.v1.fault_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ACCESS']._serialized_start=760
-  _globals['_ACCESS']._serialized_end=844
-  _globals['_SHARING']._serialized_start=846
-  _globals['_SHARING']._serialized_end=921
-  _globals['_OUTCOME']._serialized_start=924
-  _globals['_OUTCOME']._serialized_end=1087
-  _globals['_IMPORTRESULT']._serialized_start=1090
-  _globals['_IMPORTRESULT']._serialized_end=1239
+  _globals['_ACCESS']._serialized_start=817
+  _globals['_ACCESS']._serialized_end=901
+  _globals['_SHARING']._serialized_start=903
+  _globals['_SHARING']._serialized_end=978
+  _globals['_OUTCOME']._serialized_start=981
+  _globals['_OUTCOME']._serialized_end=1144
+  _globals['_IMPORTRESULT']._serialized_start=1147
+  _globals['_IMPORTRESULT']._serialized_end=1296
   _globals['_RESOLVEFAULTSREQUEST']._serialized_start=43
   _globals['_RESOLVEFAULTSREQUEST']._serialized_end=229
   _globals['_RESOLVEFAULTSRESPONSE']._serialized_start=232
-  _globals['_RESOLVEFAULTSRESPONSE']._serialized_end=455
-  _globals['_CONVERTRANGEREQUEST']._serialized_start=457
-  _globals['_CONVERTRANGEREQUEST']._serialized_end=555
-  _globals['_CONVERTRANGERESPONSE']._serialized_start=557
-  _globals['_CONVERTRANGERESPONSE']._serialized_end=579
-  _globals['_IMPORT']._serialized_start=581
-  _globals['_IMPORT']._serialized_end=670
-  _globals['_REPORTIMPORTSREQUEST']._serialized_start=672
-  _globals['_REPORTIMPORTSREQUEST']._serialized_end=733
-  _globals['_REPORTIMPORTSRESPONSE']._serialized_start=735
-  _globals['_REPORTIMPORTSRESPONSE']._serialized_end=758
-  _globals['_FAULTSERVICE']._serialized_start=1242
-  _globals['_FAULTSERVICE']._serialized_end=1527
+  _globals['_RESOLVEFAULTSRESPONSE']._serialized_end=512
+  _globals['_CONVERTRANGEREQUEST']._serialized_start=514
+  _globals['_CONVERTRANGEREQUEST']._serialized_end=612
+  _globals['_CONVERTRANGERESPONSE']._serialized_start=614
+  _globals['_CONVERTRANGERESPONSE']._serialized_end=636
+  _globals['_IMPORT']._serialized_start=638
+  _globals['_IMPORT']._serialized_end=727
+  _globals['_REPORTIMPORTSREQUEST']._serialized_start=729
+  _globals['_REPORTIMPORTSREQUEST']._serialized_end=790
+  _globals['_REPORTIMPORTSRESPONSE']._serialized_start=792
+  _globals['_REPORTIMPORTSRESPONSE']._serialized_end=815
+  _globals['_FAULTSERVICE']._serialized_start=1299
+  _globals['_FAULTSERVICE']._serialized_end=1584
 # @@protoc_insertion_point(module_scope)

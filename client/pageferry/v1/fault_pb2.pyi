@@ -204,6 +204,9 @@ class ResolveFaultsResponse(_message.Message):
     METADATA_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    BUNDLE_ADDRESSES_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     token: _builtins.int
     """The fault's token, or zero for pages that came ahead of their fault."""
     guest_address: _builtins.int
@@ -222,6 +225,16 @@ class ResolveFaultsResponse(_message.Message):
     """OUTCOME_REFUSED: a stable reason."""
     message: _builtins.str
     """OUTCOME_REFUSED: what is wrong, for a person."""
+    stream: _builtins.int
+    """OUTCOME_DELIVERED of a bundle: number of the stream that it belongs to."""
+    epoch: _builtins.int
+    """OUTCOME_DELIVERED of a bundle: epoch of the export."""
+    @_builtins.property
+    def bundle_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """OUTCOME_DELIVERED of a bundle: guest-physical addresses of all its pages, to be imported whole; guest_address and
+        size then name the first of them.
+        """
+
     def __init__(
         self,
         *,
@@ -234,10 +247,13 @@ class ResolveFaultsResponse(_message.Message):
         metadata: _builtins.bytes = ...,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
+        bundle_addresses: _abc.Iterable[_builtins.int] | None = ...,
+        stream: _builtins.int = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_address", b"guest_address", "message", b"message", "metadata", b"metadata", "outcome", b"outcome", "payload", b"payload", "reason", b"reason", "sharing", b"sharing", "size", b"size", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_addresses", b"bundle_addresses", "epoch", b"epoch", "guest_address", b"guest_address", "message", b"message", "metadata", b"metadata", "outcome", b"outcome", "payload", b"payload", "reason", b"reason", "sharing", b"sharing", "size", b"size", "stream", b"stream", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pageferry/v1/memory.proto\x12\x0cpageferry.v1\";\n\x0cMemoryLayout\x12+\n\x07regions\x18\x01 \x03(\x0b\x32\x1a.pageferry.v1.MemoryRegion\"F\n\x0cMemoryRegion\x12\x15\n\rguest_address\x18\x01 \x01(\x04\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x11\n\tpage_size\x18\x03 \x01(\x04\"\xa2\x01\n\x0eMemoryLocation\x12.\n\x07process\x18\x01 \x01(\x0b\x32\x1b.pageferry.v1.ProcessMemoryH\x00\x12*\n\x05memfd\x18\x02 \x01(\x0b\x32\x19.pageferry.v1.MemfdMemoryH\x00\x12(\n\x04\x66ile\x18\x03 \x01(\x0b\x32\x18.pageferry.v1.FileMemoryH\x00\x42\n\n\x08location\" \n\rProcessMemory\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x04\")\n\x0bMemfdMemory\x12\n\n\x02\x66\x64\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"*\n\nFileMemory\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04*\x97\x01\n\x08PageKind\x12\x19\n\x15PAGE_KIND_UNSPECIFIED\x10\x00\x12\x11\n\rPAGE_KIND_RAW\x10\x01\x12\x12\n\x0ePAGE_KIND_ZERO\x10\x02\x12\x16\n\x12PAGE_KIND_POISONED\x10\x03\x12\x15\n\x11PAGE_KIND_PRIVATE\x10\x04\x12\x1a\n\x16PAGE_KIND_PRIVATE_ZERO\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pageferry/v1/memory.proto\x12\x0cpageferry.v1\";\n\x0cMemoryLayout\x12+\n\x07regions\x18\x01 \x03(\x0b\x32\x1a.pageferry.v1.MemoryRegion\"F\n\x0cMemoryRegion\x12\x15\n\rguest_address\x18\x01 \x01(\x04\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x11\n\tpage_size\x18\x03 \x01(\x04\"\xa2\x01\n\x0eMemoryLocation\x12.\n\x07process\x18\x01 \x01(\x0b\x32\x1b.pageferry.v1.ProcessMemoryH\x00\x12*\n\x05memfd\x18\x02 \x01(\x0b\x32\x19.pageferry.v1.MemfdMemoryH\x00\x12(\n\x04\x66ile\x18\x03 \x01(\x0b\x32\x18.pageferry.v1.FileMemoryH\x00\x42\n\n\x08location\" \n\rProcessMemory\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x04\")\n\x0bMemfdMemory\x12\n\n\x02\x66\x64\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"*\n\nFileMemory\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04*\xad\x01\n\x08PageKind\x12\x19\n\x15PAGE_KIND_UNSPECIFIED\x10\x00\x12\x11\n\rPAGE_KIND_RAW\x10\x01\x12\x12\n\x0ePAGE_KIND_ZERO\x10\x02\x12\x16\n\x12PAGE_KIND_POISONED\x10\x03\x12\x15\n\x11PAGE_KIND_PRIVATE\x10\x04\x12\x1a\n\x16PAGE_KIND_PRIVATE_ZERO\x10\x05\x12\x14\n\x10PAGE_KIND_OPAQUE\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pageferry.v1.memory_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PAGEKIND']._serialized_start=463
-  _globals['_PAGEKIND']._serialized_end=614
+  _globals['_PAGEKIND']._serialized_end=636
   _globals['_MEMORYLAYOUT']._serialized_start=43
   _globals['_MEMORYLAYOUT']._serialized_end=102
   _globals['_MEMORYREGION']._serialized_start=104

@@ -37,6 +37,10 @@ class _PageKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PageKind.Val
     """Pages that are private to the guest and whose bytes follow: the destination's VMM imports them."""
     PAGE_KIND_PRIVATE_ZERO: _PageKind.ValueType  # 5
     """Private pages of zeroes: no bytes follow; the destination's VMM makes them private."""
+    PAGE_KIND_OPAQUE: _PageKind.ValueType  # 6
+    """Private pages that only the source's VMM can export, as those of a confidential guest: no bytes follow, and
+    PageService.ExportPages gives them in bundles.
+    """
 
 class PageKind(_PageKind, metaclass=_PageKindEnumTypeWrapper):
     """PageKind says what a run of pages consists of."""
@@ -53,6 +57,10 @@ PAGE_KIND_PRIVATE: PageKind.ValueType  # 4
 """Pages that are private to the guest and whose bytes follow: the destination's VMM imports them."""
 PAGE_KIND_PRIVATE_ZERO: PageKind.ValueType  # 5
 """Private pages of zeroes: no bytes follow; the destination's VMM makes them private."""
+PAGE_KIND_OPAQUE: PageKind.ValueType  # 6
+"""Private pages that only the source's VMM can export, as those of a confidential guest: no bytes follow, and
+PageService.ExportPages gives them in bundles.
+"""
 Global___PageKind: _TypeAlias = PageKind  # noqa: Y015
 
 @_typing.final

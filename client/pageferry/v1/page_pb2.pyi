@@ -207,6 +207,94 @@ class PushPagesResponse(_message.Message):
 Global___PushPagesResponse: _TypeAlias = PushPagesResponse  # noqa: Y015
 
 @_typing.final
+class ExportPagesRequest(_message.Message):
+    """ExportPagesRequest asks for opaque pages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The pages, by number, the most urgent first. At most 512."""
+
+    def __init__(
+        self,
+        *,
+        pages: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportPagesRequest: _TypeAlias = ExportPagesRequest  # noqa: Y015
+
+@_typing.final
+class ExportPagesResponse(_message.Message):
+    """ExportPagesResponse carries bundles that together hold all pages asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def bundles(self) -> _containers.RepeatedCompositeFieldContainer[Global___PageBundle]:
+        """The bundles, in the order in which the VMM made them."""
+
+    def __init__(
+        self,
+        *,
+        bundles: _abc.Iterable[Global___PageBundle] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundles", b"bundles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportPagesResponse: _TypeAlias = ExportPagesResponse  # noqa: Y015
+
+@_typing.final
+class PageBundle(_message.Message):
+    """PageBundle is what a VMM exports at once. Nobody but the VMMs looks into payload and metadata."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGES_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    payload: _builtins.bytes
+    """Their bytes, encrypted or not; absent for pages that are only pending. At most 4 MiB."""
+    metadata: _builtins.bytes
+    """What the importing VMM needs beside: headers, addresses, authentication codes. At most 1 MiB."""
+    stream: _builtins.int
+    """Number of the stream that the bundle belongs to."""
+    epoch: _builtins.int
+    """Epoch of the export."""
+    @_builtins.property
+    def pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The pages in it, by number. At most 512."""
+
+    def __init__(
+        self,
+        *,
+        pages: _abc.Iterable[_builtins.int] | None = ...,
+        payload: _builtins.bytes = ...,
+        metadata: _builtins.bytes = ...,
+        stream: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "metadata", b"metadata", "pages", b"pages", "payload", b"payload", "stream", b"stream"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PageBundle: _TypeAlias = PageBundle  # noqa: Y015
+
+@_typing.final
 class CompleteRequest(_message.Message):
     """CompleteRequest says that every page is installed at the destination."""
 

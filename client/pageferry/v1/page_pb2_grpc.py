@@ -54,6 +54,11 @@ class PageServiceStub:
                 request_serializer=pageferry_dot_v1_dot_page__pb2.PushPagesRequest.SerializeToString,
                 response_deserializer=pageferry_dot_v1_dot_page__pb2.PushPagesResponse.FromString,
                 _registered_method=True)
+        self.ExportPages = channel.unary_unary(
+                '/pageferry.v1.PageService/ExportPages',
+                request_serializer=pageferry_dot_v1_dot_page__pb2.ExportPagesRequest.SerializeToString,
+                response_deserializer=pageferry_dot_v1_dot_page__pb2.ExportPagesResponse.FromString,
+                _registered_method=True)
         self.Complete = channel.unary_unary(
                 '/pageferry.v1.PageService/Complete',
                 request_serializer=pageferry_dot_v1_dot_page__pb2.CompleteRequest.SerializeToString,
@@ -91,6 +96,14 @@ class PageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportPages(self, request, context):
+        """ExportPages gives opaque pages in the bundles that the source's VMM makes of them. Bundles are kept whole: they may
+        hold pages that were not asked for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Complete(self, request, context):
         """Complete says that every page is installed. Only now may the source let go of the guest's memory; the end of a
         stream never means this.
@@ -116,6 +129,11 @@ def add_PageServiceServicer_to_server(servicer, server):
                     servicer.PushPages,
                     request_deserializer=pageferry_dot_v1_dot_page__pb2.PushPagesRequest.FromString,
                     response_serializer=pageferry_dot_v1_dot_page__pb2.PushPagesResponse.SerializeToString,
+            ),
+            'ExportPages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportPages,
+                    request_deserializer=pageferry_dot_v1_dot_page__pb2.ExportPagesRequest.FromString,
+                    response_serializer=pageferry_dot_v1_dot_page__pb2.ExportPagesResponse.SerializeToString,
             ),
             'Complete': grpc.unary_unary_rpc_method_handler(
                     servicer.Complete,
@@ -209,6 +227,33 @@ class PageService:
             '/pageferry.v1.PageService/PushPages',
             pageferry_dot_v1_dot_page__pb2.PushPagesRequest.SerializeToString,
             pageferry_dot_v1_dot_page__pb2.PushPagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportPages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pageferry.v1.PageService/ExportPages',
+            pageferry_dot_v1_dot_page__pb2.ExportPagesRequest.SerializeToString,
+            pageferry_dot_v1_dot_page__pb2.ExportPagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

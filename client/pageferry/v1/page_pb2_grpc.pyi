@@ -46,6 +46,10 @@ class PageServiceStub:
     """PushPages is the push lane: each request names runs of pages and grants bytes for
     them, answered in order.
     """
+    ExportPages: _grpc.UnaryUnaryMultiCallable[_page_pb2.ExportPagesRequest, _page_pb2.ExportPagesResponse]
+    """ExportPages gives opaque pages in the bundles that the source's VMM makes of them. Bundles are kept whole: they may
+    hold pages that were not asked for.
+    """
     Complete: _grpc.UnaryUnaryMultiCallable[_page_pb2.CompleteRequest, _page_pb2.CompleteResponse]
     """Complete says that every page is installed. Only now may the source let go of the guest's memory; the end of a
     stream never means this.
@@ -68,6 +72,10 @@ class PageServiceAsyncStub(PageServiceStub):
     PushPages: _aio.StreamStreamMultiCallable[_page_pb2.PushPagesRequest, _page_pb2.PushPagesResponse]  # type: ignore[assignment]
     """PushPages is the push lane: each request names runs of pages and grants bytes for
     them, answered in order.
+    """
+    ExportPages: _aio.UnaryUnaryMultiCallable[_page_pb2.ExportPagesRequest, _page_pb2.ExportPagesResponse]  # type: ignore[assignment]
+    """ExportPages gives opaque pages in the bundles that the source's VMM makes of them. Bundles are kept whole: they may
+    hold pages that were not asked for.
     """
     Complete: _aio.UnaryUnaryMultiCallable[_page_pb2.CompleteRequest, _page_pb2.CompleteResponse]  # type: ignore[assignment]
     """Complete says that every page is installed. Only now may the source let go of the guest's memory; the end of a
@@ -106,6 +114,16 @@ class PageServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_page_pb2.PushPagesResponse], _abc.AsyncIterator[_page_pb2.PushPagesResponse]]:
         """PushPages is the push lane: each request names runs of pages and grants bytes for
         them, answered in order.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportPages(
+        self,
+        request: _page_pb2.ExportPagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_page_pb2.ExportPagesResponse, _abc.Awaitable[_page_pb2.ExportPagesResponse]]:
+        """ExportPages gives opaque pages in the bundles that the source's VMM makes of them. Bundles are kept whole: they may
+        hold pages that were not asked for.
         """
 
     @_abc_1.abstractmethod

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from pageferry.v1 import memory_pb2 as pageferry_dot_v1_dot_memory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16pageferry/v1/vmm.proto\x12\x0cpageferry.v1\x1a\x19pageferry/v1/memory.proto\"\x17\n\x15\x44\x65scribeMemoryRequest\"\x9c\x01\n\x16\x44\x65scribeMemoryResponse\x12*\n\x06layout\x18\x01 \x01(\x0b\x32\x1a.pageferry.v1.MemoryLayout\x12/\n\tlocations\x18\x02 \x03(\x0b\x32\x1c.pageferry.v1.MemoryLocation\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.pageferry.v1.VmmState\"Y\n\x12\x41ttachPagerRequest\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x19\n\x11\x66\x61ult_socket_path\x18\x02 \x01(\t\x12\x13\n\x0b\x66\x61ult_token\x18\x03 \x01(\x0c\"\x15\n\x13\x41ttachPagerResponse\"\x0e\n\x0cPauseRequest\"\x0f\n\rPauseResponse\"\x12\n\x10SaveStateRequest\"\"\n\x11SaveStateResponse\x12\r\n\x05state\x18\x01 \x01(\x0c\"\x19\n\x17ListPrivatePagesRequest\"B\n\x18ListPrivatePagesResponse\x12\x17\n\x0fguest_addresses\x18\x01 \x03(\x06\x12\r\n\x05sizes\x18\x02 \x03(\x06\"!\n\x10LoadStateRequest\x12\r\n\x05state\x18\x01 \x01(\x0c\"\x13\n\x11LoadStateResponse\"\x0f\n\rResumeRequest\"\x10\n\x0eResumeResponse\"\x14\n\x12\x44\x65tachPagerRequest\"\x15\n\x13\x44\x65tachPagerResponse\"\r\n\x0bKillRequest\"\x0e\n\x0cKillResponse*j\n\x08VmmState\x12\x19\n\x15VMM_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11VMM_STATE_RUNNING\x10\x01\x12\x14\n\x10VMM_STATE_PAUSED\x10\x02\x12\x16\n\x12VMM_STATE_INCOMING\x10\x03\x32\xd6\x05\n\nVmmService\x12[\n\x0e\x44\x65scribeMemory\x12#.pageferry.v1.DescribeMemoryRequest\x1a$.pageferry.v1.DescribeMemoryResponse\x12R\n\x0b\x41ttachPager\x12 .pageferry.v1.AttachPagerRequest\x1a!.pageferry.v1.AttachPagerResponse\x12@\n\x05Pause\x12\x1a.pageferry.v1.PauseRequest\x1a\x1b.pageferry.v1.PauseResponse\x12L\n\tSaveState\x12\x1e.pageferry.v1.SaveStateRequest\x1a\x1f.pageferry.v1.SaveStateResponse\x12\x61\n\x10ListPrivatePages\x12%.pageferry.v1.ListPrivatePagesRequest\x1a&.pageferry.v1.ListPrivatePagesResponse\x12L\n\tLoadState\x12\x1e.pageferry.v1.LoadStateRequest\x1a\x1f.pageferry.v1.LoadStateResponse\x12\x43\n\x06Resume\x12\x1b.pageferry.v1.ResumeRequest\x1a\x1c.pageferry.v1.ResumeResponse\x12R\n\x0b\x44\x65tachPager\x12 .pageferry.v1.DetachPagerRequest\x1a!.pageferry.v1.DetachPagerResponse\x12=\n\x04Kill\x12\x19.pageferry.v1.KillRequest\x1a\x1a.pageferry.v1.KillResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16pageferry/v1/vmm.proto\x12\x0cpageferry.v1\x1a\x19pageferry/v1/memory.proto\"\x17\n\x15\x44\x65scribeMemoryRequest\"\x9c\x01\n\x16\x44\x65scribeMemoryResponse\x12*\n\x06layout\x18\x01 \x01(\x0b\x32\x1a.pageferry.v1.MemoryLayout\x12/\n\tlocations\x18\x02 \x03(\x0b\x32\x1c.pageferry.v1.MemoryLocation\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.pageferry.v1.VmmState\"Y\n\x12\x41ttachPagerRequest\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x19\n\x11\x66\x61ult_socket_path\x18\x02 \x01(\t\x12\x13\n\x0b\x66\x61ult_token\x18\x03 \x01(\x0c\"\x15\n\x13\x41ttachPagerResponse\"\x0e\n\x0cPauseRequest\"\x0f\n\rPauseResponse\"\x12\n\x10SaveStateRequest\"\"\n\x11SaveStateResponse\x12\r\n\x05state\x18\x01 \x01(\x0c\"\x19\n\x17ListPrivatePagesRequest\"R\n\x18ListPrivatePagesResponse\x12\x17\n\x0fguest_addresses\x18\x01 \x03(\x06\x12\r\n\x05sizes\x18\x02 \x03(\x06\x12\x0e\n\x06opaque\x18\x03 \x01(\x08\"2\n\x17\x45xportGuestPagesRequest\x12\x17\n\x0fguest_addresses\x18\x01 \x03(\x06\"J\n\x18\x45xportGuestPagesResponse\x12.\n\x07\x62undles\x18\x01 \x03(\x0b\x32\x1d.pageferry.v1.GuestPageBundle\"l\n\x0fGuestPageBundle\x12\x17\n\x0fguest_addresses\x18\x01 \x03(\x06\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x10\n\x08metadata\x18\x03 \x01(\x0c\x12\x0e\n\x06stream\x18\x04 \x01(\r\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\"!\n\x10LoadStateRequest\x12\r\n\x05state\x18\x01 \x01(\x0c\"\x13\n\x11LoadStateResponse\"\x0f\n\rResumeRequest\"\x10\n\x0eResumeResponse\"\x14\n\x12\x44\x65tachPagerRequest\"\x15\n\x13\x44\x65tachPagerResponse\"\r\n\x0bKillRequest\"\x0e\n\x0cKillResponse*j\n\x08VmmState\x12\x19\n\x15VMM_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11VMM_STATE_RUNNING\x10\x01\x12\x14\n\x10VMM_STATE_PAUSED\x10\x02\x12\x16\n\x12VMM_STATE_INCOMING\x10\x03\x32\xb9\x06\n\nVmmService\x12[\n\x0e\x44\x65scribeMemory\x12#.pageferry.v1.DescribeMemoryRequest\x1a$.pageferry.v1.DescribeMemoryResponse\x12R\n\x0b\x41ttachPager\x12 .pageferry.v1.AttachPagerRequest\x1a!.pageferry.v1.AttachPagerResponse\x12@\n\x05Pause\x12\x1a.pageferry.v1.PauseRequest\x1a\x1b.pageferry.v1.PauseResponse\x12L\n\tSaveState\x12\x1e.pageferry.v1.SaveStateRequest\x1a\x1f.pageferry.v1.SaveStateResponse\x12\x61\n\x10ListPrivatePages\x12%.pageferry.v1.ListPrivatePagesRequest\x1a&.pageferry.v1.ListPrivatePagesResponse\x12\x61\n\x10\x45xportGuestPages\x12%.pageferry.v1.ExportGuestPagesRequest\x1a&.pageferry.v1.ExportGuestPagesResponse\x12L\n\tLoadState\x12\x1e.pageferry.v1.LoadStateRequest\x1a\x1f.pageferry.v1.LoadStateResponse\x12\x43\n\x06Resume\x12\x1b.pageferry.v1.ResumeRequest\x1a\x1c.pageferry.v1.ResumeResponse\x12R\n\x0b\x44\x65tachPager\x12 .pageferry.v1.DetachPagerRequest\x1a!.pageferry.v1.DetachPagerResponse\x12=\n\x04Kill\x12\x19.pageferry.v1.KillRequest\x1a\x1a.pageferry.v1.KillResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pageferry.v1.vmm_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VMMSTATE']._serialized_start=716
-  _globals['_VMMSTATE']._serialized_end=822
+  _globals['_VMMSTATE']._serialized_start=970
+  _globals['_VMMSTATE']._serialized_end=1076
   _globals['_DESCRIBEMEMORYREQUEST']._serialized_start=67
   _globals['_DESCRIBEMEMORYREQUEST']._serialized_end=90
   _globals['_DESCRIBEMEMORYRESPONSE']._serialized_start=93
@@ -53,23 +53,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTPRIVATEPAGESREQUEST']._serialized_start=454
   _globals['_LISTPRIVATEPAGESREQUEST']._serialized_end=479
   _globals['_LISTPRIVATEPAGESRESPONSE']._serialized_start=481
-  _globals['_LISTPRIVATEPAGESRESPONSE']._serialized_end=547
-  _globals['_LOADSTATEREQUEST']._serialized_start=549
-  _globals['_LOADSTATEREQUEST']._serialized_end=582
-  _globals['_LOADSTATERESPONSE']._serialized_start=584
-  _globals['_LOADSTATERESPONSE']._serialized_end=603
-  _globals['_RESUMEREQUEST']._serialized_start=605
-  _globals['_RESUMEREQUEST']._serialized_end=620
-  _globals['_RESUMERESPONSE']._serialized_start=622
-  _globals['_RESUMERESPONSE']._serialized_end=638
-  _globals['_DETACHPAGERREQUEST']._serialized_start=640
-  _globals['_DETACHPAGERREQUEST']._serialized_end=660
-  _globals['_DETACHPAGERRESPONSE']._serialized_start=662
-  _globals['_DETACHPAGERRESPONSE']._serialized_end=683
-  _globals['_KILLREQUEST']._serialized_start=685
-  _globals['_KILLREQUEST']._serialized_end=698
-  _globals['_KILLRESPONSE']._serialized_start=700
-  _globals['_KILLRESPONSE']._serialized_end=714
-  _globals['_VMMSERVICE']._serialized_start=825
-  _globals['_VMMSERVICE']._serialized_end=1551
+  _globals['_LISTPRIVATEPAGESRESPONSE']._serialized_end=563
+  _globals['_EXPORTGUESTPAGESREQUEST']._serialized_start=565
+  _globals['_EXPORTGUESTPAGESREQUEST']._serialized_end=615
+  _globals['_EXPORTGUESTPAGESRESPONSE']._serialized_start=617
+  _globals['_EXPORTGUESTPAGESRESPONSE']._serialized_end=691
+  _globals['_GUESTPAGEBUNDLE']._serialized_start=693
+  _globals['_GUESTPAGEBUNDLE']._serialized_end=801
+  _globals['_LOADSTATEREQUEST']._serialized_start=803
+  _globals['_LOADSTATEREQUEST']._serialized_end=836
+  _globals['_LOADSTATERESPONSE']._serialized_start=838
+  _globals['_LOADSTATERESPONSE']._serialized_end=857
+  _globals['_RESUMEREQUEST']._serialized_start=859
+  _globals['_RESUMEREQUEST']._serialized_end=874
+  _globals['_RESUMERESPONSE']._serialized_start=876
+  _globals['_RESUMERESPONSE']._serialized_end=892
+  _globals['_DETACHPAGERREQUEST']._serialized_start=894
+  _globals['_DETACHPAGERREQUEST']._serialized_end=914
+  _globals['_DETACHPAGERRESPONSE']._serialized_start=916
+  _globals['_DETACHPAGERRESPONSE']._serialized_end=937
+  _globals['_KILLREQUEST']._serialized_start=939
+  _globals['_KILLREQUEST']._serialized_end=952
+  _globals['_KILLRESPONSE']._serialized_start=954
+  _globals['_KILLRESPONSE']._serialized_end=968
+  _globals['_VMMSERVICE']._serialized_start=1079
+  _globals['_VMMSERVICE']._serialized_end=1904
 # @@protoc_insertion_point(module_scope)

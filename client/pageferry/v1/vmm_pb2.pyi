@@ -246,6 +246,9 @@ class ListPrivatePagesResponse(_message.Message):
 
     GUEST_ADDRESSES_FIELD_NUMBER: _builtins.int
     SIZES_FIELD_NUMBER: _builtins.int
+    OPAQUE_FIELD_NUMBER: _builtins.int
+    opaque: _builtins.bool
+    """True where nobody but the VMM can read them: it exports them by ExportGuestPages."""
     @_builtins.property
     def guest_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """First guest-physical address of each range, in bytes; a multiple of 4096."""
@@ -259,14 +262,103 @@ class ListPrivatePagesResponse(_message.Message):
         *,
         guest_addresses: _abc.Iterable[_builtins.int] | None = ...,
         sizes: _abc.Iterable[_builtins.int] | None = ...,
+        opaque: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_addresses", b"guest_addresses", "sizes", b"sizes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_addresses", b"guest_addresses", "opaque", b"opaque", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListPrivatePagesResponse: _TypeAlias = ListPrivatePagesResponse  # noqa: Y015
+
+@_typing.final
+class ExportGuestPagesRequest(_message.Message):
+    """ExportGuestPagesRequest names opaque pages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_ADDRESSES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def guest_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Guest-physical address of each page, the most urgent first. At most 512."""
+
+    def __init__(
+        self,
+        *,
+        guest_addresses: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_addresses", b"guest_addresses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportGuestPagesRequest: _TypeAlias = ExportGuestPagesRequest  # noqa: Y015
+
+@_typing.final
+class ExportGuestPagesResponse(_message.Message):
+    """ExportGuestPagesResponse carries them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def bundles(self) -> _containers.RepeatedCompositeFieldContainer[Global___GuestPageBundle]:
+        """Bundles that together hold all pages asked for; they may hold others."""
+
+    def __init__(
+        self,
+        *,
+        bundles: _abc.Iterable[Global___GuestPageBundle] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundles", b"bundles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportGuestPagesResponse: _TypeAlias = ExportGuestPagesResponse  # noqa: Y015
+
+@_typing.final
+class GuestPageBundle(_message.Message):
+    """GuestPageBundle is what is exported at once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_ADDRESSES_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    payload: _builtins.bytes
+    """Their bytes, opaque to pageferry; absent for pages that are only pending. At most 4 MiB."""
+    metadata: _builtins.bytes
+    """What the importing VMM needs beside, opaque as well. At most 1 MiB."""
+    stream: _builtins.int
+    """Number of the stream that the bundle belongs to."""
+    epoch: _builtins.int
+    """Epoch of the export."""
+    @_builtins.property
+    def guest_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Guest-physical addresses of its pages. At most 512."""
+
+    def __init__(
+        self,
+        *,
+        guest_addresses: _abc.Iterable[_builtins.int] | None = ...,
+        payload: _builtins.bytes = ...,
+        metadata: _builtins.bytes = ...,
+        stream: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "guest_addresses", b"guest_addresses", "metadata", b"metadata", "payload", b"payload", "stream", b"stream"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GuestPageBundle: _TypeAlias = GuestPageBundle  # noqa: Y015
 
 @_typing.final
 class LoadStateRequest(_message.Message):

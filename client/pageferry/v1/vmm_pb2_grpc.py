@@ -61,6 +61,11 @@ class VmmServiceStub:
                 request_serializer=pageferry_dot_v1_dot_vmm__pb2.ListPrivatePagesRequest.SerializeToString,
                 response_deserializer=pageferry_dot_v1_dot_vmm__pb2.ListPrivatePagesResponse.FromString,
                 _registered_method=True)
+        self.ExportGuestPages = channel.unary_unary(
+                '/pageferry.v1.VmmService/ExportGuestPages',
+                request_serializer=pageferry_dot_v1_dot_vmm__pb2.ExportGuestPagesRequest.SerializeToString,
+                response_deserializer=pageferry_dot_v1_dot_vmm__pb2.ExportGuestPagesResponse.FromString,
+                _registered_method=True)
         self.LoadState = channel.unary_unary(
                 '/pageferry.v1.VmmService/LoadState',
                 request_serializer=pageferry_dot_v1_dot_vmm__pb2.LoadStateRequest.SerializeToString,
@@ -125,6 +130,13 @@ class VmmServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportGuestPages(self, request, context):
+        """ExportGuestPages gives pages of the paused guest that ListPrivatePages called opaque.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def LoadState(self, request, context):
         """LoadState loads a device state into an incoming VMM. It may touch guest memory: faults are served by then.
         """
@@ -180,6 +192,11 @@ def add_VmmServiceServicer_to_server(servicer, server):
                     servicer.ListPrivatePages,
                     request_deserializer=pageferry_dot_v1_dot_vmm__pb2.ListPrivatePagesRequest.FromString,
                     response_serializer=pageferry_dot_v1_dot_vmm__pb2.ListPrivatePagesResponse.SerializeToString,
+            ),
+            'ExportGuestPages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportGuestPages,
+                    request_deserializer=pageferry_dot_v1_dot_vmm__pb2.ExportGuestPagesRequest.FromString,
+                    response_serializer=pageferry_dot_v1_dot_vmm__pb2.ExportGuestPagesResponse.SerializeToString,
             ),
             'LoadState': grpc.unary_unary_rpc_method_handler(
                     servicer.LoadState,
@@ -339,6 +356,33 @@ class VmmService:
             '/pageferry.v1.VmmService/ListPrivatePages',
             pageferry_dot_v1_dot_vmm__pb2.ListPrivatePagesRequest.SerializeToString,
             pageferry_dot_v1_dot_vmm__pb2.ListPrivatePagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportGuestPages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pageferry.v1.VmmService/ExportGuestPages',
+            pageferry_dot_v1_dot_vmm__pb2.ExportGuestPagesRequest.SerializeToString,
+            pageferry_dot_v1_dot_vmm__pb2.ExportGuestPagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

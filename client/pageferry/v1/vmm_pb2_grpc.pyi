@@ -49,6 +49,8 @@ class VmmServiceStub:
     """ListPrivatePages tells which pages of the paused guest are private to it. A VMM without such pages need not
     implement it.
     """
+    ExportGuestPages: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.ExportGuestPagesRequest, _vmm_pb2.ExportGuestPagesResponse]
+    """ExportGuestPages gives pages of the paused guest that ListPrivatePages called opaque."""
     LoadState: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.LoadStateRequest, _vmm_pb2.LoadStateResponse]
     """LoadState loads a device state into an incoming VMM. It may touch guest memory: faults are served by then."""
     Resume: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.ResumeRequest, _vmm_pb2.ResumeResponse]
@@ -79,6 +81,8 @@ class VmmServiceAsyncStub(VmmServiceStub):
     """ListPrivatePages tells which pages of the paused guest are private to it. A VMM without such pages need not
     implement it.
     """
+    ExportGuestPages: _aio.UnaryUnaryMultiCallable[_vmm_pb2.ExportGuestPagesRequest, _vmm_pb2.ExportGuestPagesResponse]  # type: ignore[assignment]
+    """ExportGuestPages gives pages of the paused guest that ListPrivatePages called opaque."""
     LoadState: _aio.UnaryUnaryMultiCallable[_vmm_pb2.LoadStateRequest, _vmm_pb2.LoadStateResponse]  # type: ignore[assignment]
     """LoadState loads a device state into an incoming VMM. It may touch guest memory: faults are served by then."""
     Resume: _aio.UnaryUnaryMultiCallable[_vmm_pb2.ResumeRequest, _vmm_pb2.ResumeResponse]  # type: ignore[assignment]
@@ -136,6 +140,14 @@ class VmmServiceServicer(metaclass=_abc_1.ABCMeta):
         """ListPrivatePages tells which pages of the paused guest are private to it. A VMM without such pages need not
         implement it.
         """
+
+    @_abc_1.abstractmethod
+    def ExportGuestPages(
+        self,
+        request: _vmm_pb2.ExportGuestPagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vmm_pb2.ExportGuestPagesResponse, _abc.Awaitable[_vmm_pb2.ExportGuestPagesResponse]]:
+        """ExportGuestPages gives pages of the paused guest that ListPrivatePages called opaque."""
 
     @_abc_1.abstractmethod
     def LoadState(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pageferryd.core.layout import Layout
     from pageferryd.destination.handed_over import Handoff
     from pageferryd.destination.installer import Installer
-    from pageferryd.destination.lanes import LaneOpener
+    from pageferryd.destination.lanes import LaneOpener, Lanes
     from pageferryd.destination.session import SessionOptions
     from pageferryd.vmm.driver import FaultEndpoint, VmmDriver
 
@@ -72,14 +72,15 @@ class Arrival:
         name: str,
         settings: Settings,
         opener: LaneOpener,
+        lanes: Lanes,
         options: SessionOptions,
         paused: Callable[[FerryError | None], None],
     ) -> Arrival:
-        """Open the lanes, then have the VMM hand its memory over. FerryError: HANDOFF_* or of the lanes.
+        """Have the VMM hand its memory over, to be filled by the open `lanes` and, when these are lost, by `opener`'s.
 
-        `name` tells this arrival's sockets in the runtime directory from those of others.
+        `name` tells this arrival's sockets in the runtime directory from those of others. FerryError: HANDOFF_*; the
+        lanes are closed then.
         """
-        lanes = await opener.open()
         faults: Faults | None = None
         try:
             faults = await Faults.start(settings, name, vmm.pid)

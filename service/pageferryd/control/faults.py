@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from pageferryd.destination.handed_over import Handoff
     from pageferryd.destination.session import Session
 
+MAX_CALLS = 16
+"""Calls at once of one VMM, which needs one stream and a call for each thread that converts."""
+
 
 class Faults:
     """One guest's. The socket belongs to the VMM's user, and whoever calls must show the VMM's secret."""
@@ -39,13 +42,16 @@ class Faults:
         """Listen for the VMM of process `pid`; faults are refused until `connect`. FerryError(PERMISSION_MISSING)."""
         token = secrets.token_bytes(TOKEN_BYTES)
         servicer = FaultServicer(token)
-        server = grpc.aio.server(interceptors=[Guard(settings)], options=SERVER_OPTIONS)
+        server = grpc.aio.server(
+            interceptors=[Guard(settings)], options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS
+        )
         fault_pb2_grpc.add_FaultServiceServicer_to_server(servicer, server)
         path = settings.runtime_dir / f"faults-{name}.sock"
         try:
             _bind(server, path, pid)
         except (RuntimeError, OSError) as error:
             await server.stop(None)
+            path.unlink(missing_ok=True)
             raise FerryError(Reason.PERMISSION_MISSING, f"cannot serve the VMM's faults at {path}: {error}") from error
         await server.start()
         return cls(path, server, servicer, token)

@@ -115,12 +115,16 @@ class Incoming:
         source = Source(
             record.migration_id, request.page_address, request.source_name, request.token, description.layout
         )
+        opener = GrpcLaneOpener(source, self._around.tls, self._limits.lane_silence_timeout)
+        lanes = await opener.open()
+        # From here on the VMM knows of this migration, and can serve no other.
         self._touched = True
         self._arrival = await Arrival.take_over(
             Waiting(guest.driver, description.layout, description.pid),
             record.migration_id,
             self._around.settings,
-            GrpcLaneOpener(source, self._around.tls, self._limits.lane_silence_timeout),
+            opener,
+            lanes,
             session_options(request.limits, self._limits),
             self._paused,
         )
@@ -255,9 +259,10 @@ class Incoming:
             await arrival.abandon()
             self._forget_arrival()
             await self._around.guests.forget(self._guest)
+            self._let_guest_go()
         else:
+            # The guest stays this migration's: its memory is not whole, and must not be read.
             await arrival.hold()
-        self._guest.migration_id = None
         self.record.fail(error)
         _log.error("migration_failed", migration=self.record.migration_id, reason=error.reason, detail=error.message)
 

@@ -119,7 +119,8 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         known = self._book.by_request(request.request_id)
         if known is not None:
             record = known.record
-            if (record.guest_id, record.destination_address) != (request.guest_id, address):
+            asked = (request.guest_id, address, name or record.destination_name)
+            if (record.guest_id, record.destination_address, record.destination_name) != asked:
                 raise FerryError(
                     Reason.REQUEST_ID_REUSED,
                     f"request {request.request_id} started migration {record.migration_id} of guest {record.guest_id} "

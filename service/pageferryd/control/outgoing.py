@@ -12,6 +12,7 @@ import structlog
 
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import incoming_pb2, migration_pb2
+from pageferryd.control.exporting import exporter
 from pageferryd.control.peer import PROTOCOL_VERSION, Destination
 from pageferryd.control.view import layout_to_proto, migration_of
 from pageferryd.core.errors import CoreError
@@ -184,7 +185,8 @@ class Outgoing:
         state, private = await asyncio.gather(driver.save_state(), driver.private_pages())
         if self.served is not None:
             layout = self.served.layout
-            self.served.open(layout.run_at(address, size) for address, size in private)
+            runs = [layout.run_at(address, size) for address, size in private.ranges]
+            self.served.open(runs, exporter(driver, layout) if private.opaque else None)
         await self._peer().hand_over(state, self._around.settings.limits.handover_timeout)
 
     async def _commit(self) -> None:
@@ -225,7 +227,7 @@ class Outgoing:
             if not self._completed.is_set():
                 following.result()
                 raise self._failure or FerryError(Reason.INTERNAL, "the destination ended without asking for the rest")
-            await self._guest.driver.kill()
+            await self._end_vmm()
             await asyncio.wait({following}, timeout=_LAST_REPORT_SECONDS)
         finally:
             for task in (following, completed):
@@ -235,6 +237,13 @@ class Outgoing:
         self.record.error = None
         self.record.lifecycle.to(State.COMPLETED)
         _log.info("migration_completed", migration=self.record.migration_id, guest=self.record.guest_id)
+
+    async def _end_vmm(self) -> None:
+        """End the VMM that the guest has left. Whether it goes or not, the guest is whole at the destination."""
+        try:
+            await self._guest.driver.kill()
+        except FerryError as error:
+            _log.warning("vmm_not_killed", migration=self.record.migration_id, detail=error.message)
 
     async def _follow(self) -> None:
         """Mirror the destination's reports until it has ended."""

@@ -18,7 +18,7 @@ from pageferryd.core.page_map import PageMap, PageState
 from pageferryd.core.prefetch import FaultAround
 from pageferryd.core.push_order import PushOrder, PushRequest
 from pageferryd.core.push_window import PushWindow
-from pageferryd.core.runs import WITH_BYTES, Run, raw_pages
+from pageferryd.core.runs import PRIVATE_ZERO, ZERO, Run, raw_pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -210,7 +210,7 @@ class Pager:
             self.counts.demand_pages += new
         else:
             self.counts.push_pages += new
-        if run.kind not in WITH_BYTES:
+        if run.kind in (ZERO, PRIVATE_ZERO):
             self.counts.zero_pages += new
         return self._ended(run.first, run.pages, now)
 

@@ -20,7 +20,8 @@ ZERO = 2
 POISONED = 3
 PRIVATE = 4
 PRIVATE_ZERO = 5
-_KINDS = frozenset({RAW, ZERO, POISONED, PRIVATE, PRIVATE_ZERO})
+OPAQUE = 6
+_KINDS = frozenset({RAW, ZERO, POISONED, PRIVATE, PRIVATE_ZERO, OPAQUE})
 WITH_BYTES = frozenset({RAW, PRIVATE})
 """Kinds of which each page comes with its 4096 bytes."""
 

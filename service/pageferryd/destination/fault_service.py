@@ -7,6 +7,7 @@ import hmac
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import structlog
 
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import fault_pb2, fault_pb2_grpc
@@ -16,6 +17,8 @@ from pageferryd.destination.imports import ImportEnd
 if TYPE_CHECKING:
     from pageferryd.destination.exit_door import ExitDoor
     from pageferryd.destination.session import Session
+
+_log = structlog.get_logger(__name__)
 
 TOKEN_KEY = "pageferry-fault-token-bin"  # noqa: S105 - the name of a metadata key
 TOKEN_BYTES = 32
@@ -58,7 +61,9 @@ class FaultServicer(fault_pb2_grpc.FaultServiceServicer):
             while isinstance(request := await context.read(), fault_pb2.ResolveFaultsRequest):
                 stream.take(request)
                 if stream.unread > MAX_UNSENT:
-                    raise FerryError(Reason.INVALID_ARGUMENT, f"{stream.unread} resolutions were left unread")
+                    _log.warning("vmm_reads_no_answers", unread=stream.unread)
+                    # No status would get past what it does not read: gRPC resets the stream.
+                    raise asyncio.CancelledError
         finally:
             desk.disconnect(stream.deliver)
             stream.close()

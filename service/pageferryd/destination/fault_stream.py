@@ -90,24 +90,32 @@ class FaultStream:
 
     def deliver(self, delivery: Delivery) -> None:
         """Give a private page to the VMM: as the answer of the fault that waits for it, if there is one."""
-        layout = self._door.layout
-        region = layout.region_of(delivery.first)
-        offset = (delivery.first - layout.starts[region]) * PAGE_SIZE
-        token = self._tokens.get(delivery.first, 0)
+        page = next((page for page in delivery.pages if page in self._tokens), delivery.pages[0])
+        token = self._tokens.get(page, 0)
         if token:
             # Answered with the page; others that wait for it are when it was imported.
             self._waiting.pop(token, _nothing)()
-            self._forget(token, delivery.first)
+            self._forget(token, page)
+        addresses = [self._address_of(one) for one in delivery.pages]
         self._put(
             fault_pb2.ResolveFaultsResponse(
                 token=token,
-                guest_address=layout.regions[region].guest_address + offset,
-                size=delivery.pages * PAGE_SIZE,
+                guest_address=self._address_of(page),
+                size=PAGE_SIZE,
                 outcome=fault_pb2.OUTCOME_DELIVERED,
                 sharing=fault_pb2.SHARING_PRIVATE,
                 payload=delivery.payload,
+                metadata=delivery.metadata,
+                bundle_addresses=addresses if len(addresses) > 1 or delivery.metadata else (),
+                stream=delivery.stream,
+                epoch=delivery.epoch,
             )
         )
+
+    def _address_of(self, page: int) -> int:
+        layout = self._door.layout
+        region = layout.region_of(page)
+        return layout.regions[region].guest_address + (page - layout.starts[region]) * PAGE_SIZE
 
     @staticmethod
     def _resolution(

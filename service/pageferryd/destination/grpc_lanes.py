@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FETCH = "/pageferry.v1.PageService/FetchPages"
 PUSH = "/pageferry.v1.PageService/PushPages"
+_EXPORT_SECONDS = 60.0
 # Left to gRPC's defaults a stream buffers 64 KiB before its reader is asked.
 _PUSH_OPTIONS = (("grpc.http2.lookahead_bytes", 4 << 20),)
 
@@ -50,6 +51,7 @@ class GrpcLanes:
             ("pageferry-token-bin", source.token),
         )
         self._stub = page_pb2_grpc.PageServiceStub(demand)  # type: ignore[no-untyped-call,unused-ignore]
+        self._push_stub = page_pb2_grpc.PageServiceStub(push)
         self._demand_stream: _Stream
         self._push_stream: _Stream
 
@@ -91,6 +93,13 @@ class GrpcLanes:
     async def pushed(self) -> bytes:
         """Return the next answer of the push lane."""
         return await self._read(self._push_stream)
+
+    async def export(self, pages: Sequence[int]) -> Sequence[page_pb2.PageBundle]:
+        """Ask beside the push lane: bundles are large."""
+        request = page_pb2.ExportPagesRequest(pages=pages)
+        answer = await self._unary(self._push_stub.ExportPages, request, _EXPORT_SECONDS)
+        bundles: Sequence[page_pb2.PageBundle] = answer.bundles
+        return bundles
 
     async def complete(self, pages: int) -> None:
         """Tell the source."""
@@ -145,7 +154,9 @@ class GrpcLanes:
         unavailable = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
         fallback = Reason.SOURCE_UNREACHABLE if unavailable else Reason.LANE_LOST
         told = from_rpc(error, fallback)
-        return FerryError(told.reason, f"source {self._source.name} at {self._source.address}: {told.message}")
+        # At this end the reason would mean the VMM of this host.
+        reason = Reason.SOURCE_LOST if told.reason is Reason.VMM_GONE else told.reason
+        return FerryError(reason, f"source {self._source.name} at {self._source.address}: {told.message}")
 
 
 def _is_cancelled(task: asyncio.Task[Any] | None) -> bool:

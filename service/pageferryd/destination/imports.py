@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pageferry.errors import FerryError, Reason
 from pageferryd.core.layout import PAGE_SIZE
-from pageferryd.core.runs import PRIVATE, Run
+from pageferryd.core.runs import OPAQUE, PRIVATE, Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,15 +31,20 @@ class ImportEnd(Enum):
 
 
 class Delivery(NamedTuple):
-    """Private pages for the VMM: their bytes, or none where they are zero."""
+    """Private pages for the VMM to import whole: their payload, empty where they are zero or pending.
 
-    first: int
-    pages: int
+    Metadata, stream and epoch are those of a bundle that the source's VMM exported.
+    """
+
+    pages: tuple[int, ...]
     payload: bytes
+    metadata: bytes = b""
+    stream: int = 0
+    epoch: int = 0
 
 
 class _Delivered(NamedTuple):
-    payload: bytes
+    delivery: Delivery
     kind: int
     lane: Lane
 
@@ -72,16 +77,24 @@ class ImportDesk:
                 repeated += 1
                 continue
             start = offset + index * size
-            delivered = self._pages[page] = _Delivered(data[start : start + size], run.kind, lane)
-            if self._send is not None:
-                self._send(Delivery(page, 1, delivered.payload))
+            self._hand_out(Delivery((page,), data[start : start + size]), run.kind, lane)
         return repeated
+
+    def deliver_bundle(self, delivery: Delivery, lane: Lane) -> None:
+        """Take a bundle for the VMM, whole, even where it was given some of its pages before."""
+        self._hand_out(delivery, OPAQUE, lane)
+
+    def _hand_out(self, delivery: Delivery, kind: int, lane: Lane) -> None:
+        for page in delivery.pages:
+            self._pages[page] = _Delivered(delivery, kind, lane)
+        if self._send is not None:
+            self._send(delivery)
 
     def connect(self, send: Callable[[Delivery], None]) -> None:
         """Deliver to this stream from now on, beginning with everything that was not reported."""
         self._send = send
-        for page, delivered in list(self._pages.items()):
-            send(Delivery(page, 1, delivered.payload))
+        for delivery in {id(one.delivery): one.delivery for one in self._pages.values()}.values():
+            send(delivery)
 
     def disconnect(self, send: Callable[[Delivery], None]) -> None:
         """The stream has ended, unless another one took its place."""

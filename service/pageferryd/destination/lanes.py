@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pageferry.v1 import page_pb2
+
 
 class Lanes(Protocol):
     """Both lanes of one connection, open. Every carrier passes tests/destination/lanes_conformance.py.
@@ -26,6 +28,9 @@ class Lanes(Protocol):
 
     async def pushed(self) -> bytes:
         """Return the next answer of the push lane."""
+
+    async def export(self, pages: Sequence[int]) -> Sequence[page_pb2.PageBundle]:
+        """Ask for opaque pages, by number; returns bundles that hold at least these."""
 
     async def complete(self, pages: int) -> None:
         """Tell the source that all of its pages are installed; on return it has let them go."""

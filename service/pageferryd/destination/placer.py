@@ -11,15 +11,17 @@ from pageferry.errors import FerryError, Reason
 from pageferryd.core.layout import PAGE_SIZE
 from pageferryd.core.page_set import PageSet
 from pageferryd.core.pager import Lane
-from pageferryd.core.runs import POISONED, PRIVATE, PRIVATE_ZERO, RAW, WITH_BYTES, ZERO, Run
+from pageferryd.core.runs import OPAQUE, POISONED, PRIVATE, PRIVATE_ZERO, RAW, WITH_BYTES, ZERO, Run
 from pageferryd.destination.door import Settled
-from pageferryd.destination.imports import ImportDesk
+from pageferryd.destination.exports import Exports
+from pageferryd.destination.imports import Delivery, ImportDesk
 from pageferryd.destination.installer import Placed
 from pageferryd.destination.staging import Staging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from pageferry.v1 import page_pb2
     from pageferryd.core.demand import FaultTimes
     from pageferryd.core.pager import Pager
     from pageferryd.core.runs import Batch
@@ -32,7 +34,7 @@ SLICE_PAGES = 256
 """Most pages placed in one go: a fault waits at most that long for the event loop."""
 
 
-_NAMES = {RAW: "raw", ZERO: "zero", POISONED: "poisoned", PRIVATE: "raw", PRIVATE_ZERO: "zero"}
+_NAMES = {RAW: "raw", ZERO: "zero", POISONED: "poisoned", PRIVATE: "raw", PRIVATE_ZERO: "zero", OPAQUE: "raw"}
 _COUNTED = {(kind, lane): (lane.value, name) for lane in Lane for kind, name in _NAMES.items()}
 _HOW = {
     RAW: Settled.INSTALLED,
@@ -40,8 +42,9 @@ _HOW = {
     POISONED: Settled.POISONED,
     PRIVATE: Settled.INSTALLED,
     PRIVATE_ZERO: Settled.ZERO,
+    OPAQUE: Settled.INSTALLED,
 }
-_PRIVATE = frozenset({PRIVATE, PRIVATE_ZERO})
+_PRIVATE = frozenset({PRIVATE, PRIVATE_ZERO, OPAQUE})
 
 
 class _Piece(NamedTuple):
@@ -83,6 +86,7 @@ class Placer:
         self.pages: Counter[tuple[str, str]] = Counter()
         """Pages placed, by lane and kind."""
         self.desk = ImportDesk(self._imported, self._refused)
+        self.exports = Exports(pager.layout.page_count, self._take_bundle)
         self.private = PageSet(pager.layout.page_count)
         """Pages that are private to the guest."""
         self.touched_shared: set[int] = set()
@@ -156,10 +160,21 @@ class Placer:
     def _hand_out(self, run: Run, data: bytes, offset: int, lane: Lane) -> None:
         """Give private pages to the VMM; who touched their shared side gets zeroes."""
         self.private.add(run.first, run.pages)
-        self._pager.duplicate(self.desk.deliver(run, data, offset, lane))
+        if run.kind == OPAQUE:
+            self.exports.add(run.first, run.pages, urgent=lane is Lane.DEMAND)
+        else:
+            self._pager.duplicate(self.desk.deliver(run, data, offset, lane))
         stop = run.first + run.pages
         for page in [page for page in self.touched_shared if run.first <= page < stop]:
             self._serve_shared_side(page)
+
+    def _take_bundle(self, bundle: page_pb2.PageBundle) -> None:
+        """Deliver a bundle, unless the guest has moved on from all of it."""
+        if any(self._pager.wanted(Run(page, 1, OPAQUE)) for page in bundle.pages):
+            for page in bundle.pages:
+                self.private.add(page, 1)
+            delivery = Delivery(tuple(bundle.pages), bundle.payload, bundle.metadata, bundle.stream, bundle.epoch)
+            self.desk.deliver_bundle(delivery, Lane.PUSH)
 
     def _serve_shared_side(self, page: int) -> None:
         self.touched_shared.discard(page)
@@ -280,6 +295,7 @@ class Placer:
     def dropped(self, first: int, pages: int) -> None:
         """The guest gave pages away, or converts them: what is staged or delivered of them is worthless."""
         self.desk.drop(first, pages)
+        self.exports.drop(first, pages)
         self.private.remove(first, pages)
         if not self._uniform:
             self._staging.drop(first, pages)

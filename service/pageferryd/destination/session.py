@@ -17,6 +17,7 @@ from pageferryd.core.latency import FaultLatencies
 from pageferryd.core.pager import Lane, Pager, PagerOptions
 from pageferryd.core.runs import decode
 from pageferryd.destination.arrivals import ArrivalMap
+from pageferryd.destination.exports import WORKERS
 from pageferryd.destination.intake import FaultIntake
 from pageferryd.destination.placer import Placer
 
@@ -189,6 +190,7 @@ class Session:
         lanes, self._lanes = self._lanes, None
         for lane in Lane:
             self.pager.lane_lost(lane)
+        self.placer.exports.lost()
         if lanes is not None:
             await lanes.close()
 
@@ -198,7 +200,7 @@ class Session:
         self._push_work.set()
         workers = [
             asyncio.create_task(work(lanes))
-            for work in (self._ask, self._take_answers, self._ask_for_push, self._take_push, self._watch)
+            for work in (self._ask, self._take_answers, self._ask_for_push, self._take_push, self._watch, self._export)
         ]
         try:
             self._check_complete()
@@ -286,6 +288,11 @@ class Session:
                     Reason.LANE_SILENT,
                     f"the source has not answered on the {lane.value} lane for {self._options.pager.silence:g} s",
                 )
+
+    async def _export(self, lanes: Lanes) -> None:
+        """Ask for the opaque pages that the lanes named."""
+        desk = self.placer.desk
+        await asyncio.gather(*(self.placer.exports.work(lanes, lambda: not desk.full) for _ in range(WORKERS)))
 
     # What happens between them
 

@@ -12,13 +12,12 @@ from pageferry.tls import peer_names
 from pageferry.v1 import memory_pb2, page_pb2
 from pageferryd.core.errors import CoreError
 from pageferryd.core.layout import PAGE_SIZE
-from pageferryd.core.requests import decode_fetch, decode_push
+from pageferryd.core.requests import MAX_FETCH_PAGES, decode_fetch, decode_push
 from pageferryd.core.runs import MAX_RUNS, Run, encode
 
 if TYPE_CHECKING:
     from pageferryd.core.layout import Layout
     from pageferryd.core.requests import Request
-    from pageferryd.source.memory import SourceMemory
     from pageferryd.source.served import Served
 
 SERVICE = "pageferry.v1.PageService"
@@ -57,6 +56,11 @@ class PageService:
             ),
             "FetchPages": grpc.stream_stream_rpc_method_handler(self.fetch_pages),
             "PushPages": grpc.stream_stream_rpc_method_handler(self.push_pages),
+            "ExportPages": grpc.unary_unary_rpc_method_handler(
+                self.export_pages,
+                request_deserializer=page_pb2.ExportPagesRequest.FromString,
+                response_serializer=page_pb2.ExportPagesResponse.SerializeToString,
+            ),
             "Complete": grpc.unary_unary_rpc_method_handler(
                 self.complete,
                 request_deserializer=page_pb2.CompleteRequest.FromString,
@@ -82,6 +86,15 @@ class PageService:
     async def get_layout(self, _request: page_pb2.GetLayoutRequest, context: _Context) -> page_pb2.GetLayoutResponse:
         """Tell the layout."""
         return page_pb2.GetLayoutResponse(layout=_to_proto(self._authorised(context).layout))
+
+    async def export_pages(
+        self, request: page_pb2.ExportPagesRequest, context: _Context
+    ) -> page_pb2.ExportPagesResponse:
+        """Have the guest's VMM export opaque pages."""
+        served = self._authorised(context)
+        if not 0 < len(request.pages) <= MAX_FETCH_PAGES:
+            raise FerryError(Reason.INVALID_ARGUMENT, f"{len(request.pages)} opaque pages at once: give 1 to 512")
+        return page_pb2.ExportPagesResponse(bundles=await served.export(request.pages))
 
     async def complete(self, request: page_pb2.CompleteRequest, context: _Context) -> page_pb2.CompleteResponse:
         """Let the memory go."""
@@ -111,22 +124,18 @@ class PageService:
 
 
 def _fetch(served: Served, request: Request) -> bytes:
-    memory = served.readable()
     runs: list[Run] = []
     data: list[bytes | memoryview] = []
     for first, pages in request.runs:
-        _collect_whole(memory, first, pages, runs, data)
-    runs = served.marked(runs)
+        _collect_whole(served, first, pages, runs, data)
     served.count("demand", runs)
     return encode(runs, data)
 
 
-def _collect_whole(
-    memory: SourceMemory, first: int, pages: int, runs: list[Run], data: list[bytes | memoryview]
-) -> None:
+def _collect_whole(served: Served, first: int, pages: int, runs: list[Run], data: list[bytes | memoryview]) -> None:
     stop = first + pages
     while first < stop:
-        collected = memory.collect(first, stop - first, (stop - first) << 12)
+        collected = served.collect(first, stop - first, (stop - first) << 12)
         runs += collected.runs
         data += collected.data
         first = collected.next_page
@@ -161,16 +170,13 @@ class _Answer:
 
     def collect(self, served: Served, first: int, pages: int) -> int:
         """Take pages from `first` on, as many as fit; return the next one."""
-        if served.private.count:
-            # Each page may become a run of its own.
-            pages = min(pages, _FULL_RUNS)
-        collected = served.readable().collect(first, pages, min(self._credit, PUSH_MESSAGE_BYTES - self._size))
+        collected = served.collect(first, pages, min(self._credit, PUSH_MESSAGE_BYTES - self._size))
         size = sum(map(len, collected.data))
         # Room for less than a page is no room, and a credit that pays for none is spent.
         self.spent = collected.next_page == first and self._credit < PAGE_SIZE
         self._size = self._size + size if collected.next_page > first else PUSH_MESSAGE_BYTES
         self._credit -= size
-        self._runs += served.marked(collected.runs)
+        self._runs += collected.runs
         self._data += collected.data
         return collected.next_page
 

@@ -10,16 +10,21 @@ from typing import TYPE_CHECKING
 from pageferry.errors import FerryError, Reason
 from pageferryd.core.layout import PAGE_SIZE
 from pageferryd.core.page_set import PageSet
-from pageferryd.core.runs import POISONED, PRIVATE, RAW, WITH_BYTES, Run
+from pageferryd.core.runs import OPAQUE, POISONED, PRIVATE, RAW, WITH_BYTES, Run
 from pageferryd.core.sharing import mark_private
+from pageferryd.source.memory import Collected
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+    from pageferry.v1 import page_pb2
     from pageferryd.core.layout import Layout
     from pageferryd.source.memory import SourceMemory
 
+    Export = Callable[[Sequence[int]], Awaitable[Sequence[page_pb2.PageBundle]]]
+
 TOKEN_BYTES = 32
+_MAX_MARKED = 4096
 _KINDS = {RAW: "raw", PRIVATE: "raw", POISONED: "poisoned"}
 
 
@@ -56,6 +61,7 @@ class Served:
         """Pages sent, by lane and kind."""
         self.bytes: Counter[str] = Counter()
         """Bytes of pages sent, by lane."""
+        self._export: Export | None = None
         self._token = token
         self._memory = memory
         self._completed = completed
@@ -65,11 +71,15 @@ class Served:
         if not hmac.compare_digest(token, self._token):
             raise FerryError(Reason.TOKEN_INVALID, f"the token shown is not that of migration {self.migration_id}")
 
-    def open(self, private: Iterable[tuple[int, int]] = ()) -> None:
-        """Let the memory be read: the guest stands still. `private` are the runs of its private pages."""
+    def open(self, private: Iterable[tuple[int, int]] = (), export: Export | None = None) -> None:
+        """Let the memory be read: the guest stands still.
+
+        `private` are the runs of its private pages; with `export` these are opaque, and come in bundles from there.
+        """
         for first, pages in private:
             self.layout.check(first, pages)
             self.private.add(first, pages)
+        self._export = export
         self.access = Access.OPEN
 
     def readable(self) -> SourceMemory:
@@ -80,13 +90,38 @@ class Served:
             raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.migration_id}: its memory was released")
         return self._memory
 
-    def marked(self, runs: list[Run]) -> list[Run]:
-        """Return what was read with its private pages marked."""
-        return list(mark_private(runs, self.private)) if self.private.count else runs
+    def collect(self, first: int, pages: int, credit: int) -> Collected:
+        """Read as SourceMemory.collect does, with private pages marked; opaque ones are named and not read."""
+        memory = self.readable()
+        if not self.private.count:
+            return memory.collect(first, pages, credit)
+        # Each page may become a run of its own.
+        pages = min(pages, _MAX_MARKED)
+        if self._export is not None:
+            if first in self.private:
+                end = self.private.next_absent(first, first + pages)
+                return Collected([Run(first, end - first, OPAQUE)], [], end)
+            pages = self.private.next_present(first, first + pages) - first
+        collected = memory.collect(first, pages, credit)
+        return collected._replace(runs=list(mark_private(collected.runs, self.private)))
+
+    async def export(self, pages: Sequence[int]) -> Sequence[page_pb2.PageBundle]:
+        """Have the VMM export opaque pages. FerryError: INVALID_ARGUMENT for others, or what the VMM says."""
+        self.readable()
+        for page in pages:
+            self.layout.check(page, 1)
+        if self._export is None or any(page not in self.private for page in pages):
+            raise FerryError(Reason.INVALID_ARGUMENT, f"migration {self.migration_id}: these pages are not opaque")
+        bundles = await self._export(pages)
+        self.pages["demand", "raw"] += sum(len(bundle.pages) for bundle in bundles)
+        self.bytes["demand"] += sum(len(bundle.payload) for bundle in bundles)
+        return bundles
 
     def count(self, lane: str, runs: list[Run]) -> None:
         """Count what was sent."""
         for run in runs:
+            if run.kind == OPAQUE:
+                continue
             self.pages[lane, _KINDS.get(run.kind, "zero")] += run.pages
             if run.kind in WITH_BYTES:
                 self.bytes[lane] += run.pages * PAGE_SIZE

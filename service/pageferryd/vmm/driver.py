@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pageferry.v1 import memory_pb2
+    from pageferry.v1 import memory_pb2, vmm_pb2
     from pageferryd.core.layout import Layout
 
 
@@ -36,7 +36,18 @@ class FaultEndpoint:
     """Where a VMM forwards faults that no userfaultfd sees: a Unix socket, and the secret to show there."""
 
     socket_path: str
-    token: bytes
+    token: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class PrivatePages:
+    """What of a guest is private to it: ranges of (guest address, bytes), page-aligned; none for most.
+
+    Opaque ones can be read by nobody but the VMM, which exports them.
+    """
+
+    ranges: Sequence[tuple[int, int]] = ()
+    opaque: bool = False
 
 
 class VmmDriver(Protocol):
@@ -57,8 +68,11 @@ class VmmDriver(Protocol):
     async def save_state(self) -> bytes:
         """Return the device state of the stopped guest."""
 
-    async def private_pages(self) -> Sequence[tuple[int, int]]:
-        """Return what of the stopped guest is private to it: (guest address, bytes), page-aligned; none for most."""
+    async def private_pages(self) -> PrivatePages:
+        """Tell what of the stopped guest is private to it."""
+
+    async def export_pages(self, guest_addresses: Sequence[int]) -> Sequence[vmm_pb2.GuestPageBundle]:
+        """Export opaque pages of the stopped guest, in bundles that hold at least these."""
 
     async def load_state(self, state: bytes) -> None:
         """Load a device state into an incoming VMM."""

@@ -15,7 +15,7 @@ from pageferryd.core.errors import LayoutError
 from pageferryd.core.layout import Layout, Region
 from pageferryd.linux.pidfd import PidFd
 from pageferryd.linux.unix_peer import listener_pid
-from pageferryd.vmm.driver import Activity, Description, FaultEndpoint
+from pageferryd.vmm.driver import Activity, Description, FaultEndpoint, PrivatePages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +45,7 @@ class VmmServiceDriver:
 
     async def describe(self) -> Description:
         """Ask for layout, locations and state; the process id is the listener's, as the kernel knows it."""
-        self._pid = listener_pid(self._path, _QUICK_SECONDS)
+        self._pid = await asyncio.to_thread(listener_pid, self._path, _QUICK_SECONDS)
         answer = await self._call(self._stub.DescribeMemory, vmm_pb2.DescribeMemoryRequest())
         activity = _ACTIVITIES.get(answer.state)
         if activity is None:
@@ -81,17 +81,24 @@ class VmmServiceDriver:
         state: bytes = answer.state
         return state
 
-    async def private_pages(self) -> Sequence[tuple[int, int]]:
+    async def private_pages(self) -> PrivatePages:
         """Ask for them; a VMM that does not know the call has none."""
         try:
             answer = await self._stub.ListPrivatePages(vmm_pb2.ListPrivatePagesRequest(), timeout=_STATE_SECONDS)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                return ()
+                return PrivatePages()
             raise self._explain(error) from error
         if len(answer.guest_addresses) != len(answer.sizes) or len(answer.sizes) > _MAX_PRIVATE_RANGES:
             raise FerryError(Reason.VMM_FAILED, f"the VMM at {self._path} lists its private pages in uneven columns")
-        return list(zip(answer.guest_addresses, answer.sizes, strict=True))
+        return PrivatePages(list(zip(answer.guest_addresses, answer.sizes, strict=True)), answer.opaque)
+
+    async def export_pages(self, guest_addresses: Sequence[int]) -> Sequence[vmm_pb2.GuestPageBundle]:
+        """Have opaque pages exported."""
+        request = vmm_pb2.ExportGuestPagesRequest(guest_addresses=guest_addresses)
+        answer = await self._call(self._stub.ExportGuestPages, request, _STATE_SECONDS)
+        bundles: Sequence[vmm_pb2.GuestPageBundle] = answer.bundles
+        return bundles
 
     async def load_state(self, state: bytes) -> None:
         """Load a state."""
