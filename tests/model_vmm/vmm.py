@@ -107,6 +107,7 @@ class ModelVmm:
     async def _exit(self, page: int) -> None:
         """KVM_EXIT_MEMORY_FAULT: the access is private and the attribute is not."""
         self.counts["exits"] += 1
+        await asyncio.sleep(0)
         if self._rng.random() < 0.1:
             # Of many pages nothing is said of one: it exits again where that was not enough.
             stop = min(page + 1 + self._rng.randrange(4), self.guarded.layout.end_of_region(page))

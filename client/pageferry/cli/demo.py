@@ -10,19 +10,39 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pageferry.cli.options import Json, MemorySize
+from pageferry.cli.options import Json
 from pageferry.cli.output import console, print_json
 from pageferry.demo.guests import Kind
+from pageferry.demo.machine import Memory, parse_memory
 from pageferry.demo.report import Result
 from pageferry.demo.run import Options, run
 from pageferry.errors import FerryError, Reason
+
+
+def _parsed(value: str) -> Memory:
+    try:
+        return parse_memory(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+DemoMemory = Annotated[
+    Memory | None,
+    typer.Option(
+        "--memory",
+        parser=_parsed,
+        metavar="SIZE|BACKING[:SIZE]",
+        help="Memory of the guest, in whole pages of 4 KiB, and what backs it: anonymous, shmem or guest_memfd, as in "
+        "guest_memfd:256M. Default: 512M, or less where little is free, of anonymous memory.",
+    ),
+]
 
 
 def demo(
     guest: Annotated[
         Kind | None, typer.Option(help="Which guest. Default: kvm where /dev/kvm can be used, else process.")
     ] = None,
-    memory: MemorySize = None,
+    memory: DemoMemory = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Decides what the guest's memory holds.")] = 1,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the logs, and say where.")] = False,
     timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Give up after so long.")] = 120,

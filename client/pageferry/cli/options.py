@@ -38,15 +38,6 @@ def _parser(parse: Callable[[str], int]) -> Callable[[Any], int]:
     return parsed
 
 
-MemorySize = Annotated[
-    int | None,
-    typer.Option(
-        "--memory",
-        parser=_parser(units.parse_bytes),
-        metavar="SIZE",
-        help="Memory of the guest, in whole pages of 4 KiB. Default: 512M, or less where little is free.",
-    ),
-]
 PushRate = Annotated[
     int | None,
     typer.Option(

@@ -97,10 +97,13 @@ class Guest:
         return int(self.verified["pages"]), int(self.verified["bad"])
 
 
-async def start_guest(scene: Scene, name: str, kind: Kind, memory: int, seed: int, *, incoming: bool = False) -> Guest:
+async def start_guest(
+    scene: Scene, name: str, kind: Kind, memory: int, seed: int, *, incoming: bool = False, backing: str | None = None
+) -> Guest:
     """Start a guest that runs, or one that waits for its state and memory, and wait until it can be registered."""
     guest = Guest(kind, scene.directory / f"{name}.sock")
     arguments = ["-m", MODULES[kind], "--socket", str(guest.socket), "--memory", str(memory)]
+    arguments += ["--backing", backing] if backing is not None else []
     arguments += ["--incoming"] if incoming else ["--seed", str(seed)]
     guest._child = await scene.spawn_python(name, arguments, guest.hear, heard="stdout", gone=Reason.VMM_GONE)  # noqa: SLF001
     await guest.child.until(lambda: guest.ready, READY_SECONDS, "it to be ready")

@@ -11,7 +11,9 @@ from rich.text import Text
 
 from pageferry.cli import progress, tables
 from pageferry.cli.output import show, to_dict
+from pageferry.cli.units import count_text
 from pageferry.v1 import migration_pb2 as pb
+from pageferry.vmm.memory import Backing
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -38,6 +40,7 @@ class Result:
     guest: str
     memory_bytes: int
     seed: int
+    backing: Backing | None = None
     checks: list[pb.Check] = field(default_factory=list)
     migration: pb.Migration | None = None
     proofs: list[Proof] = field(default_factory=list)
@@ -55,6 +58,7 @@ class Result:
             "ok": self.ok,
             "guest": self.guest,
             "memory_bytes": self.memory_bytes,
+            "backing": (self.backing or Backing.ANONYMOUS).value,
             "seed": self.seed,
             "checks": list(map(to_dict, self.checks)),
             "migration": to_dict(self.migration) if self.migration is not None else None,
@@ -97,6 +101,15 @@ class Narrator:
             self.show(progress.latencies(migration))
             self.line("read: until the sidecar saw the fault; queued: until its page was asked for; fetched: until the")
             self.line("page was here; installed: until the guest could go on. total: what the guest felt of it all.")
+
+    def doors(self, progress: pb.Progress) -> None:
+        """Say which way the faults came, where it was not the usual one alone."""
+        if progress.exit_faults:
+            by_userfault = progress.faults - progress.exit_faults
+            self.line(
+                f"{count_text(progress.exit_faults)} faults came as exits of the vCPU, {count_text(by_userfault)} by "
+                "userfaultfd."
+            )
 
     def proof(self, proof: Proof) -> None:
         """Show one proof."""

@@ -12,12 +12,13 @@ from pageferry.cli import live, tables
 from pageferry.cli.progress import PAGE_BYTES
 from pageferry.cli.units import bytes_text, count_text
 from pageferry.demo.guests import Guest, Kind, start_guest
-from pageferry.demo.machine import available_memory, choose_kind, choose_memory
+from pageferry.demo.machine import Memory, available_memory, choose_memory, kind_for
 from pageferry.demo.report import Narrator, Proof, Result
 from pageferry.demo.scene import Scene, together
 from pageferry.demo.sidecars import Sidecar, start_sidecar
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import migration_pb2 as pb
+from pageferry.vmm.memory import Backing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +38,7 @@ class Options:
     """What the person asked for; None leaves it to the machine."""
 
     kind: Kind | None = None
-    memory: int | None = None
+    memory: Memory | None = None
     seed: int = 1
     keep: bool = False
     timeout: float = 120.0
@@ -45,11 +46,12 @@ class Options:
 
 async def run(options: Options, out: Console) -> Result:
     """Run the demonstration, telling it on `out`. Raises FerryError where it could not come to a verdict."""
-    kind = options.kind or choose_kind()
-    memory = options.memory or choose_memory(available_memory())
+    wanted = options.memory or Memory()
+    kind = kind_for(options.kind, wanted.backing)
+    memory = wanted.size or choose_memory(available_memory())
     if memory % PAGE_BYTES:
         raise FerryError(Reason.INVALID_ARGUMENT, f"{memory} bytes of memory are not whole pages of {PAGE_BYTES}")
-    result = Result(kind.value, memory, options.seed)
+    result = Result(kind.value, memory, options.seed, wanted.backing)
     narrator = Narrator(out)
     narrator.title()
     async with Scene(keep=options.keep) as scene:
@@ -120,13 +122,18 @@ class _Demonstration:
         return not failed
 
     async def _start_guests(self, at_alpha: SidecarClient, at_beta: SidecarClient) -> tuple[Guest, Guest]:
-        memory, seed = self._result.memory_bytes, self._result.seed
+        memory, seed, backing = self._result.memory_bytes, self._result.seed, self._result.backing
         self._tell.section("A guest that runs on alpha, and an empty one that waits on beta")
         source, destination = await together(
-            start_guest(self._scene, "guest", self._kind, memory, seed),
-            start_guest(self._scene, "incoming", self._kind, memory, seed, incoming=True),
+            start_guest(self._scene, "guest", self._kind, memory, seed, backing=backing),
+            start_guest(self._scene, "incoming", self._kind, memory, seed, incoming=True, backing=backing),
         )
         self._tell.line(f"{_KINDS[self._kind]} with {bytes_text(memory)} of memory, pid {source.child.pid}.")
+        if backing is Backing.GUEST_MEMFD:
+            self._tell.line(
+                "Its memory is a guest_memfd, which no userfaultfd can watch: its vCPU exits on pages that are "
+                "missing, and the VMM forwards these faults."
+            )
         self._tell.line(
             "Step by step it checks a page and writes its next version: lost, old or foreign ones are seen."
         )
@@ -156,6 +163,7 @@ class _Demonstration:
         self._result.migration.downtime.CopyFrom(ended.downtime)
         self._tell.section("The figures of this migration")
         self._tell.figures(self._result.migration)
+        self._tell.doors(self._result.migration.progress)
         await destination.runs_beyond(source.steps)
         return destination.steps
 

@@ -1,12 +1,7 @@
-"""The memory of a guest, as a VMM in Python holds it.
-
-Every access goes through libc by ctypes.CDLL, which lets go of the GIL: a thread that waits for a page in a fault then
-stops no other one. (ctypes.memmove and memoryviews hold the GIL while they fault.)
-"""
+"""The memory of a guest, as a VMM in Python holds it: anonymous, or a memfd of small or huge pages."""
 
 from __future__ import annotations
 
-import ctypes
 import enum
 import mmap
 import os
@@ -15,23 +10,10 @@ from pageferry.abi import userfaultfd as abi
 from pageferry.errors import FerryError, Reason
 from pageferry.vmm import userfault
 from pageferry.vmm.handoff import HandoffRegion
+from pageferry.vmm.mapping import MappedMemory
 from pageferry.vmm.regions import HUGE_PAGE_SIZE, PAGE_SIZE, MemfdMemory, ProcessMemory, Region
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_mmap = _libc.mmap
-_mmap.restype = ctypes.c_void_p
-_mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
-_munmap = _libc.munmap
-_munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_madvise = _libc.madvise
-_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_memcpy = _libc.memcpy
-_memcpy.restype = None
-_memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-
-_MAP_FAILED = ctypes.c_void_p(-1).value
-# From linux/mman.h; Python's mmap module has it since 3.13 only.
-_MAP_NORESERVE = 0x4000
+# From linux/mman.h.
 _MADV_REMOVE = 9
 
 
@@ -44,13 +26,16 @@ class Backing(enum.StrEnum):
     """A shared memfd, 4 KiB pages."""
     HUGETLBFS = "hugetlbfs"
     """A shared memfd of 2 MiB huge pages, which must have been reserved (vm.nr_hugepages)."""
+    GUEST_MEMFD = "guest_memfd"
+    """A guest_memfd, 4 KiB pages: see GuestMemfd, since only KVM makes one and no userfaultfd watches it."""
 
 
-class GuestMemory:
+class GuestMemory(MappedMemory):
     """One mapping of `size` bytes, empty at first. Offsets and lengths are in bytes and checked: IndexError outside."""
 
     def __init__(self, size: int, backing: Backing = Backing.ANONYMOUS) -> None:
-        self.size = size
+        if backing is Backing.GUEST_MEMFD:
+            raise FerryError(Reason.INVALID_ARGUMENT, "only KVM makes a guest_memfd: take one from it for GuestMemfd")
         self.backing = backing
         self.page_size = HUGE_PAGE_SIZE if backing is Backing.HUGETLBFS else PAGE_SIZE
         if size <= 0 or size % self.page_size:
@@ -60,21 +45,10 @@ class GuestMemory:
             )
         self.memfd = -1 if backing is Backing.ANONYMOUS else _make_memfd(size, backing)
         try:
-            self.address = _map(size, self.memfd)
+            super().__init__(size, self.memfd)
         except BaseException:
             self._close_memfd()
             raise
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return a copy of the range."""
-        address = self._at(offset, length)
-        buffer = ctypes.create_string_buffer(length)
-        _memcpy(buffer, address, length)
-        return buffer.raw
-
-    def write(self, offset: int, data: bytes) -> None:
-        """Copy `data` to `offset`."""
-        _memcpy(self._at(offset, len(data)), data, len(data))
 
     def discard(self, offset: int, length: int) -> None:
         """Give the pages of the range back to the host, as a balloon does; they read as zeroes afterwards.
@@ -84,8 +58,8 @@ class GuestMemory:
         if offset % self.page_size or length % self.page_size:
             raise ValueError(f"cannot discard {length} bytes at {offset}: not whole pages of {self.page_size}")
         advice = mmap.MADV_DONTNEED if self.backing is Backing.ANONYMOUS else _MADV_REMOVE
-        if _madvise(self._at(offset, length), length, advice):
-            number = ctypes.get_errno()
+        number = self.advise(offset, length, advice)
+        if number:
             raise FerryError(
                 Reason.VMM_FAILED, f"cannot discard {length} bytes of guest memory at {offset}: {os.strerror(number)}"
             )
@@ -100,15 +74,20 @@ class GuestMemory:
         """Return all of the memory as one region of the guest."""
         return Region(guest_address, self.size, self.page_size, self.location())
 
-    def handoff_regions(self) -> list[HandoffRegion]:
-        """Return the table for a hand-off: one region."""
-        return [HandoffRegion(self.address, self.size, 0, self.page_size)]
+    def handoff_regions(self, guest_address: int | None = None) -> list[HandoffRegion]:
+        """Return the table for a hand-off: one region. `guest_address` is needed where the memory itself goes along."""
+        return [HandoffRegion(self.address, self.size, 0, self.page_size, guest_address)]
 
-    def open_userfault(self, *, user_mode_only: bool = False) -> int:
-        """Return a userfaultfd to which faults on any missing page go from now on; call it before the first touch."""
-        uffd = userfault.open_userfaultfd(_FEATURES[self.backing], user_mode_only=user_mode_only)
+    def open_userfault(self, *, user_mode_only: bool = False, minor: bool = False) -> int:
+        """Return a userfaultfd to which faults on any missing page go from now on; call it before the first touch.
+
+        With `minor`, faults on pages that the memfd has and this mapping lacks go there as well: for a pager that
+        writes into the memfd.
+        """
+        features = _FEATURES[self.backing] | (_MINOR_FEATURES[self.backing] if minor else 0)
+        uffd = userfault.open_userfaultfd(features, user_mode_only=user_mode_only)
         try:
-            userfault.register_missing(uffd, self.address, self.size)
+            userfault.register_missing(uffd, self.address, self.size, minor=minor)
         except BaseException:
             os.close(uffd)
             raise
@@ -123,15 +102,8 @@ class GuestMemory:
 
     def close(self) -> None:
         """Unmap the memory. Nothing may use it any more; a second call does nothing."""
-        if self.size:
-            _munmap(self.address, self.size)
-            self.size = 0
-            self._close_memfd()
-
-    def _at(self, offset: int, length: int) -> int:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise IndexError(f"{length} bytes at {offset} are not within guest memory of {self.size} bytes")
-        return self.address + offset
+        super().close()
+        self._close_memfd()
 
     def _close_memfd(self) -> None:
         if self.memfd >= 0:
@@ -143,6 +115,11 @@ _FEATURES = {
     Backing.ANONYMOUS: 0,
     Backing.SHMEM: abi.UFFD_FEATURE_MISSING_SHMEM,
     Backing.HUGETLBFS: abi.UFFD_FEATURE_MISSING_HUGETLBFS,
+}
+
+_MINOR_FEATURES = {
+    Backing.SHMEM: abi.UFFD_FEATURE_MINOR_SHMEM,
+    Backing.HUGETLBFS: abi.UFFD_FEATURE_MINOR_HUGETLBFS,
 }
 
 
@@ -160,17 +137,3 @@ def _make_memfd(size: int, backing: Backing) -> int:
         os.close(memfd)
         raise FerryError(Reason.NO_SPACE, f"cannot size a {backing} memfd to {size} bytes: {error}") from error
     return memfd
-
-
-def _map(size: int, memfd: int) -> int:
-    # Huge pages are reserved now (no NORESERVE): running out of them later would be a SIGBUS in the guest.
-    flags = mmap.MAP_SHARED if memfd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    address = _mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, memfd, 0)
-    if address is None or address == _MAP_FAILED:
-        number = ctypes.get_errno()
-        raise FerryError(
-            Reason.NO_SPACE,
-            f"cannot map {size} bytes of guest memory: {os.strerror(number)}; free memory, or reserve huge pages "
-            "(vm.nr_hugepages) for hugetlbfs",
-        )
-    return int(address)

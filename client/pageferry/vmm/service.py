@@ -9,6 +9,7 @@ import abc
 import os
 import socket
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -16,6 +17,8 @@ import grpc
 from pageferry.channel import SERVER_OPTIONS
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import vmm_pb2_grpc
+from pageferry.vmm.faults import FaultEndpoint
+from pageferry.vmm.private_pages import PageBundle, PrivatePages
 from pageferry.vmm.regions import MemoryDescription
 from pageferry.vmm.servicer import VmmServicer
 
@@ -41,9 +44,15 @@ class Vmm(abc.ABC):
     async def describe_memory(self) -> MemoryDescription:
         """Tell the guest's regions and what the VMM is doing. Called before each other call, so answer fast."""
 
+    async def use_fault_service(self, endpoint: FaultEndpoint) -> None:  # noqa: B027 - most VMMs have no use for it
+        """Incoming: learn, just before `attach_pager`, where faults are answered that no userfaultfd sees.
+
+        A VMM with such memory opens a FaultForwarder for it; any other leaves it alone.
+        """
+
     @abc.abstractmethod
     async def attach_pager(self, socket_path: str) -> None:
-        """Incoming: hand a userfaultfd over all memory to the pager at `socket_path`, as `PagerLink.open` does."""
+        """Incoming: hand all memory to the pager at `socket_path`, as `PagerLink.open` does."""
 
     @abc.abstractmethod
     async def pause(self) -> None:
@@ -52,6 +61,16 @@ class Vmm(abc.ABC):
     @abc.abstractmethod
     async def save_state(self) -> bytes:
         """Return the device state of the paused guest, without its memory: at most 64 MiB."""
+
+    async def list_private_pages(self) -> PrivatePages:
+        """Tell which pages of the paused guest are private to it; a VMM without such guests leaves this as it is."""
+        return PrivatePages()
+
+    async def export_guest_pages(self, guest_addresses: Sequence[int]) -> Sequence[PageBundle]:
+        """Export opaque pages of the paused guest, the most urgent first: bundles that together hold them all."""
+        raise FerryError(
+            Reason.ILLEGAL_STATE, f"this VMM has no opaque pages: it cannot export {len(guest_addresses)} of them"
+        )
 
     @abc.abstractmethod
     async def load_state(self, state: bytes) -> None:

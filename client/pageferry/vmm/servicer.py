@@ -13,6 +13,8 @@ from grpc_status import rpc_status
 
 from pageferry.errors import FerryError, Reason, to_status
 from pageferry.v1 import memory_pb2, vmm_pb2, vmm_pb2_grpc
+from pageferry.vmm.faults import FaultEndpoint
+from pageferry.vmm.private_pages import MAX_EXPORTED
 from pageferry.vmm.regions import FileMemory, MemfdMemory, MemoryDescription, ProcessMemory, Region, VmmState
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ class VmmServicer(vmm_pb2_grpc.VmmServiceServicer):
                 raise FerryError(Reason.ILLEGAL_STATE, "a pager is attached to this VMM already; start a new VMM")
             if not request.socket_path:
                 raise FerryError(Reason.INVALID_ARGUMENT, "attach pager: socket_path is empty")
+            if request.fault_socket_path:
+                await self._vmm.use_fault_service(FaultEndpoint(request.fault_socket_path, request.fault_token))
             await self._vmm.attach_pager(request.socket_path)
             self._attached = True
         return vmm_pb2.AttachPagerResponse()
@@ -86,6 +90,31 @@ class VmmServicer(vmm_pb2_grpc.VmmServiceServicer):
                     Reason.VMM_FAILED, f"the VMM's state has {len(state)} bytes; at most {MAX_STATE_BYTES} can be moved"
                 )
         return vmm_pb2.SaveStateResponse(state=state)
+
+    async def ListPrivatePages(  # noqa: N802
+        self, request: vmm_pb2.ListPrivatePagesRequest, context: _Context
+    ) -> vmm_pb2.ListPrivatePagesResponse:
+        """List the ranges that are private to the paused guest."""
+        async with _errors_to(context), self._turn:
+            await self._require("list private pages", VmmState.PAUSED)
+            return (await self._vmm.list_private_pages()).to_wire()
+        raise AssertionError  # abort has raised
+
+    async def ExportGuestPages(  # noqa: N802
+        self, request: vmm_pb2.ExportGuestPagesRequest, context: _Context
+    ) -> vmm_pb2.ExportGuestPagesResponse:
+        """Export opaque pages of the paused guest."""
+        async with _errors_to(context), self._turn:
+            await self._require("export pages", VmmState.PAUSED)
+            addresses = list(request.guest_addresses)
+            if len(addresses) > MAX_EXPORTED:
+                raise FerryError(
+                    Reason.INVALID_ARGUMENT,
+                    f"{len(addresses)} pages cannot be exported at once: at most {MAX_EXPORTED}",
+                )
+            bundles = await self._vmm.export_guest_pages(addresses)
+            return vmm_pb2.ExportGuestPagesResponse(bundles=[one.to_wire() for one in bundles])
+        raise AssertionError  # abort has raised
 
     async def LoadState(  # noqa: N802
         self, request: vmm_pb2.LoadStateRequest, context: _Context

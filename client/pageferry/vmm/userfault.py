@@ -19,6 +19,8 @@ _FEATURE_NAMES = {
     abi.UFFD_FEATURE_EVENT_REMOVE: "EVENT_REMOVE (Linux 4.11: without it discarded pages would come back)",
     abi.UFFD_FEATURE_MISSING_SHMEM: "MISSING_SHMEM (Linux 4.11)",
     abi.UFFD_FEATURE_MISSING_HUGETLBFS: "MISSING_HUGETLBFS (Linux 4.11)",
+    abi.UFFD_FEATURE_MINOR_HUGETLBFS: "MINOR_HUGETLBFS (Linux 5.13)",
+    abi.UFFD_FEATURE_MINOR_SHMEM: "MINOR_SHMEM (Linux 5.14)",
 }
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -49,9 +51,13 @@ def open_userfaultfd(required: int, *, user_mode_only: bool = False) -> int:
     return uffd
 
 
-def register_missing(uffd: int, address: int, length: int) -> None:
-    """Make faults on missing pages of the range wait for `uffd`. Bytes, page-aligned; the range should be untouched."""
-    argument = bytearray(abi.REGISTER.pack(address, length, abi.UFFDIO_REGISTER_MODE_MISSING, 0))
+def register_missing(uffd: int, address: int, length: int, *, minor: bool = False) -> None:
+    """Make faults on missing pages of the range wait for `uffd`. Bytes, page-aligned; the range should be untouched.
+
+    With `minor`, those on pages that its file has, but the mapping has not, wait too.
+    """
+    mode = abi.UFFDIO_REGISTER_MODE_MISSING | (abi.UFFDIO_REGISTER_MODE_MINOR if minor else 0)
+    argument = bytearray(abi.REGISTER.pack(address, length, mode, 0))
     try:
         fcntl.ioctl(uffd, abi.UFFDIO_REGISTER, argument)
     except OSError as error:

@@ -52,7 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--order", type=Order, choices=list(Order), default=Order.RANDOM, help="order of the pages")
     parser.add_argument("--incoming", action="store_true", help="wait for a guest to come in")
     parser.add_argument(
-        "--backing", type=Backing, choices=[Backing.ANONYMOUS, Backing.SHMEM], default=Backing.ANONYMOUS
+        "--backing",
+        type=Backing,
+        choices=[Backing.ANONYMOUS, Backing.SHMEM, Backing.GUEST_MEMFD],
+        default=Backing.ANONYMOUS,
     )
     parser.add_argument("--detach", action="store_true", help="go on after the end of stdin")
     return parser

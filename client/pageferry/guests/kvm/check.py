@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, Protocol
 
 from pageferry.guests.control import LISTED_FINDINGS, Verification
 from pageferry.guests.kvm.layout import Layout
 from pageferry.guests.kvm.program import HOLE_RUN, PAGE_SIZE, QWORDS, Progress, Work, is_hole
-from pageferry.vmm import GuestMemory
 
 _CHUNK_PAGES: Final = 256
 _ZEROES: Final = bytes(PAGE_SIZE)
 
 
-def fill(memory: GuestMemory, layout: Layout, work: Work) -> None:
+class Readable(Protocol):
+    """Guest memory that can be read: bytes from an offset on."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return a copy of the range."""
+
+
+class Writable(Protocol):
+    """Guest memory that can be written to."""
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Copy `data` to `offset`."""
+
+
+def fill(memory: Writable, layout: Layout, work: Work) -> None:
     """Write the program, the page tables and version 0 of the data; holes stay untouched."""
     memory.write(layout.entry, layout.fixed_part())
     for first in range(0, work.pages, HOLE_RUN):
@@ -23,7 +36,7 @@ def fill(memory: GuestMemory, layout: Layout, work: Work) -> None:
             memory.write(work.data_address + first * PAGE_SIZE, b"".join(work.contents(page, 0) for page in pages))
 
 
-def check(memory: GuestMemory, layout: Layout, work: Work, progress: Progress) -> Verification:
+def check(memory: Readable, layout: Layout, work: Work, progress: Progress) -> Verification:
     """Compare every page with what the program must have left there at `progress`. It takes seconds a GiB."""
     bad = 0
     first_bad: list[str] = []

@@ -13,11 +13,24 @@ from pageferry.abi import kvm as abi
 from pageferry.errors import FerryError, Reason
 from pageferry.guests.control import GuestStatus, Verification
 from pageferry.guests.kvm import check
+from pageferry.guests.kvm.absent import AbsentPages
 from pageferry.guests.kvm.layout import Layout
-from pageferry.guests.kvm.machine import DEVICE, Machine
-from pageferry.guests.kvm.program import PAGE_SIZE, Order, Progress, Work, describe_mismatch
+from pageferry.guests.kvm.machine import Machine
+from pageferry.guests.kvm.program import Order, Progress, Work, describe_mismatch
 from pageferry.guests.kvm.state import State
-from pageferry.vmm import Backing, GuestMemory, MemoryDescription, PagerLink, Vmm, VmmState
+from pageferry.guests.kvm.vm import DEVICE
+from pageferry.vmm import (
+    Backing,
+    FaultEndpoint,
+    FaultForwarder,
+    GuestMemfd,
+    GuestMemory,
+    MemoryDescription,
+    PagerLink,
+    UserfaultBitmap,
+    Vmm,
+    VmmState,
+)
 
 _KEPT_FINDINGS: Final = 8
 
@@ -40,16 +53,19 @@ class KvmGuest(Vmm):
     ) -> None:
         self._layout = Layout.of(size)
         self._on_kill = on_kill
-        self._memory = GuestMemory(size, backing)
-        self._status_page = GuestMemory(PAGE_SIZE)
+        self._backing = backing
         self._findings: deque[str] = deque(maxlen=_KEPT_FINDINGS)
         self._mismatches = 0
-        self._machine = Machine(self._memory, self._status_page, self._report, device)
+        self._machine = Machine(size, backing, self._report, device)
+        self._memory, self._status_page = self._machine.memory, self._machine.status
         self._vcpu = self._machine.vcpu
         self._running: Future[None] | None = None
         self._told_failure = False
         self._state = VmmState.INCOMING
         self._link: PagerLink | None = None
+        self._endpoint: FaultEndpoint | None = None
+        self._absent: AbsentPages | None = None
+        self._longest_stall = 0.0
         # Held by whatever stops or starts the vCPU, so that a check of memory and a pause do not cross.
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[object]] = set()
@@ -59,6 +75,8 @@ class KvmGuest(Vmm):
         layout = self._layout
         work = Work.plan(seed, layout.data_pages, layout.data_address, order)
         check.fill(self._memory, layout, work)
+        if self._backing is Backing.GUEST_MEMFD:
+            self._machine.let_in()
         self._vcpu.load(work.registers(layout.entry), self._machine.start_registers())
         self._start()
 
@@ -69,9 +87,34 @@ class KvmGuest(Vmm):
             raise failure
         return MemoryDescription(self._state, [self._memory.region()])
 
+    async def use_fault_service(self, endpoint: FaultEndpoint) -> None:
+        """Remember where faults are answered that no userfaultfd sees."""
+        self._endpoint = endpoint
+
     async def attach_pager(self, socket_path: str) -> None:
         """Hand the untouched memory to the pager."""
-        self._link = await _in_thread(lambda: PagerLink.open(socket_path, self._memory, user_mode_only=False))
+        memory = self._memory
+        if isinstance(memory, GuestMemory):
+            self._link = await _in_thread(lambda: PagerLink.open(socket_path, memory, user_mode_only=False))
+        else:
+            self._link = await _in_thread(lambda: self._attach_by_exits(socket_path, memory))
+
+    def _attach_by_exits(self, socket_path: str, memory: GuestMemfd) -> PagerLink:
+        if self._endpoint is None:
+            raise FerryError(
+                Reason.PROTOCOL_MISMATCH,
+                "this guest's memory is a guest_memfd, whose faults have to be forwarded, and the pager named no "
+                "FaultService: it is of an older release; use another backing",
+            )
+        bitmap = UserfaultBitmap(self._layout.pages)
+        try:
+            link = PagerLink.open_without_userfault(socket_path, memory, bitmap)
+        except BaseException:
+            bitmap.close()
+            raise
+        self._absent = AbsentPages(self._machine.vm, memory, bitmap, FaultForwarder(self._endpoint))
+        self._vcpu.absent = self._absent
+        return link
 
     async def pause(self) -> None:
         """Stop the vCPU. The pause is completed even when its caller gives up."""
@@ -82,8 +125,11 @@ class KvmGuest(Vmm):
         return State(self._layout.size, self._vcpu.regs(), self._vcpu.sregs()).pack()
 
     async def load_state(self, state: bytes) -> None:
-        """Set the registers of the incoming vCPU; memory is not touched."""
+        """Set the registers of the incoming vCPU, and bring in what it needs to run at all."""
         loaded = State.unpack(state, self._layout)
+        absent, layout = self._absent, self._layout
+        if absent is not None:
+            await _in_thread(lambda: absent.bring_in(layout.entry, layout.data_address - layout.entry))
         self._vcpu.load(loaded.regs, loaded.sregs)
         progress = Progress.of(loaded.regs)
         self._mismatches = progress.mismatches
@@ -95,7 +141,9 @@ class KvmGuest(Vmm):
             self._start()
 
     async def detach_pager(self) -> None:
-        """Let the userfaultfd and the pager's socket go."""
+        """Let the userfaultfd or the forwarder go, and the pager's socket."""
+        if self._absent is not None:
+            await self._to_the_end(self._settle(self._absent))
         if self._link is not None:
             self._link.close()
 
@@ -108,7 +156,9 @@ class KvmGuest(Vmm):
         """Tell how far the guest is: the program itself stores that where it can be read at any time."""
         steps = int.from_bytes(self._status_page.read(0, 8), "little")
         state = "failed" if self._failure() else self._state.value
-        return GuestStatus(steps, self._mismatches, state)
+        if self._absent is not None:
+            self._longest_stall = self._absent.longest_stall
+        return GuestStatus(steps, self._mismatches, state, round(1000 * self._longest_stall, 3))
 
     async def verify(self) -> Verification:
         """Check every byte of memory while the vCPU stands still; afterwards it goes on if it ran."""
@@ -126,13 +176,25 @@ class KvmGuest(Vmm):
         return findings
 
     async def close(self) -> None:
-        """Stop the vCPU and free everything. Waits for a vCPU that waits for a page."""
+        """Stop the vCPU and free everything. Waits for a vCPU that waits for a page, unless that page is forwarded."""
+        if self._absent is not None:
+            await _in_thread(self._absent.close)
         async with self._turn:
-            await self._halt()
-        await self.detach_pager()
+            try:
+                await self._halt()
+            except Exception:
+                # A vCPU that failed stands still as well.
+                self._free()
+                raise
+            self._free()
+
+    def _free(self) -> None:
+        """Free everything under the stopped vCPU."""
+        if self._absent is not None:
+            self._absent.forget()
+        if self._link is not None:
+            self._link.close()
         self._machine.close()
-        self._memory.close()
-        self._status_page.close()
 
     def _start(self) -> None:
         self._running = self._vcpu.start()
@@ -159,10 +221,21 @@ class KvmGuest(Vmm):
             try:
                 regs = self._vcpu.regs()
                 work, progress = Work.from_registers(regs), Progress.of(regs)
-                return await _in_thread(lambda: check.check(self._memory, self._layout, work, progress))
+                memory = self._absent or self._memory
+                return await _in_thread(lambda: check.check(memory, self._layout, work, progress))
             finally:
                 if self._state is VmmState.RUNNING:
                     self._start()
+
+    async def _settle(self, absent: AbsentPages) -> None:
+        """Let go of the pager, which has brought everything, and let the vCPU reach all memory as one."""
+        await _in_thread(absent.close)
+        async with self._turn:
+            await self._halt()
+            await _in_thread(absent.settle)
+            self._absent = self._vcpu.absent = None
+            if self._state is VmmState.RUNNING:
+                self._start()
 
     async def _to_the_end(self, work: Coroutine[None, None, _Result]) -> _Result:
         """Await `work`, which goes on to its end when the caller gives up: half of it would leave the vCPU stopped."""

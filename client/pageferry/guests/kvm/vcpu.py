@@ -11,10 +11,13 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pageferry.abi import kvm as abi
 from pageferry.errors import FerryError, Reason
+
+if TYPE_CHECKING:
+    from pageferry.guests.kvm.absent import AbsentPages
 
 Report = Callable[[abi.Regs], None]
 """Called in the vCPU's thread with the registers at a report of the program."""
@@ -42,6 +45,8 @@ class Vcpu:
         self._run = abi.Run.from_buffer(mapping)
         self._report_page = report_page
         self._on_report = on_report
+        self.absent: AbsentPages | None = None
+        """What completes accesses to pages that have not come. Set only while the vCPU stands still."""
         self._lock = threading.Lock()
         self._thread: int | None = None
         self._stopping = False
@@ -91,8 +96,10 @@ class Vcpu:
             raise FerryError(Reason.VMM_FAILED, f"KVM refused the vCPU's registers: {error}") from error
 
     def close(self) -> None:
-        """Close the descriptor of the vCPU, which stands still."""
-        os.close(self._fd)
+        """Close the descriptor of the vCPU, which stands still. A second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def _live(self, stopped: Future[None]) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -125,10 +132,15 @@ class Vcpu:
         number = ctypes.get_errno()
         if number == errno.EINTR:
             return True
+        if self.absent is not None and self._run.exit_reason == abi.KVM_EXIT_MEMORY_FAULT:
+            self.absent.resolve_exit(self._run.memory_fault)
+            return False
         raise FerryError(Reason.VMM_FAILED, f"the vCPU cannot run: {os.strerror(number)}, at {self.regs().rip:#x}")
 
     def _handle_exit(self) -> None:
         reason = self._run.exit_reason
+        if reason == abi.KVM_EXIT_MMIO and self.absent is not None and self.absent.complete(self._run.mmio):
+            return
         regs = self.regs()
         if reason == abi.KVM_EXIT_MMIO and self._run.mmio.is_write and self._run.mmio.phys_addr == self._report_page:
             self._on_report(regs)

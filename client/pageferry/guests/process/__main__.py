@@ -63,7 +63,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--memory", required=True, type=_size, metavar="SIZE", help="bytes, or with K, M or G: 64M")
     parser.add_argument("--seed", type=int, default=0, help="decides all contents and the order (default 0)")
     parser.add_argument("--incoming", action="store_true", help="wait for a guest, whose state then decides the rest")
-    parser.add_argument("--backing", type=Backing, choices=list(Backing), default=Backing.ANONYMOUS)
+    parser.add_argument(
+        "--backing",
+        type=Backing,
+        choices=[one for one in Backing if one is not Backing.GUEST_MEMFD],
+        default=Backing.ANONYMOUS,
+    )
     parser.add_argument("--order", type=Order, choices=list(Order), default=Order.RANDOM)
     parser.add_argument("--sparse", type=_fraction, default=0.25, help="fraction of pages that are holes at first")
     parser.add_argument("--working-set", type=_fraction, default=1.0, help="fraction of pages that are worked on")
