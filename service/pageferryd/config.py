@@ -163,6 +163,8 @@ class Settings(BaseSettings):
     log_format: Annotated[Literal["json", "console"], BeforeValidator(_lower)] = "json"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
     limits: Limits = Limits()
+    collapse_memory: bool = True
+    """After a guest's last page, have its memory mapped by huge pages again where it was before."""
     drain_seconds: float = Field(default=30.0, ge=0, le=86_400, allow_inf_nan=False)
     """How long SIGTERM waits for migrations under way."""
 

@@ -136,12 +136,22 @@ def figures(found: pb.Migration) -> Table:
         table.add_row("  discarded", count_text(seen.pages_discarded), "given up by the guest before they came")
     if seen.pages_poisoned:
         table.add_row("  poisoned", count_text(seen.pages_poisoned), "unreadable at the source")
+    if seen.private_pages:
+        table.add_row("  of these private", count_text(seen.private_pages), "imported by the VMM")
     table.add_row("faults", count_text(seen.faults), "accesses of the guest that had to wait for a page")
+    if seen.exit_faults:
+        table.add_row(
+            "  by exit", count_text(seen.exit_faults), "of a vCPU, forwarded by the VMM; others by userfaultfd"
+        )
+    if seen.shared_accesses:
+        table.add_row("  on shared sides", count_text(seen.shared_accesses), "of private pages: they got zeroes")
     if not ended(found):
         table.add_row("  waiting now", count_text(seen.faults_waiting))
     table.add_row("neighbours fetched", count_text(seen.prefetch_issued), _prefetch(seen))
     table.add_row("came twice", count_text(seen.duplicate_pages), "by both lanes at once; the second is dropped")
     table.add_row("throughput", throughput(found), "bytes of both lanes over the time to the last page")
+    if seen.huge_bytes:
+        table.add_row("mapped huge again", bytes_text(seen.huge_bytes), "by 2 MiB pages, after the last page")
     if seen.reconnects:
         table.add_row("reconnects", count_text(seen.reconnects), "lost connections that were opened again")
     return table

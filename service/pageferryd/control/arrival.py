@@ -57,11 +57,14 @@ class Waiting:
 class Arrival:
     """A waiting VMM's memory, and the session that fills it."""
 
-    def __init__(self, handoff: Handoff, session: Session, installer: Installer, faults: Faults) -> None:
+    def __init__(self, handoff: Handoff, session: Session, installer: Installer, faults: Faults, pid: int) -> None:
         self.session = session
         self._handoff = handoff
         self._installer = installer
         self._faults = faults
+        self.pid = pid
+        self.spans = list(handoff.spans())
+        """Where the guest's ordinary memory is mapped in its VMM: (address, bytes)."""
         self._watch: VmmWatch | None = None
         self._held = False
 
@@ -93,7 +96,7 @@ class Arrival:
         exit_door, doors = handoff.doors()
         installer = handoff.installer()
         session = Session(handoff.layout, doors, installer, opener, options, paused, lanes)
-        arrival = cls(handoff, session, installer, faults)
+        arrival = cls(handoff, session, installer, faults, vmm.pid)
         faults.connect(exit_door, session, handoff)
         try:
             arrival._watch = VmmWatch(vmm.pid, lambda: arrival._vmm_ended(vmm.pid))

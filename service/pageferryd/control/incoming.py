@@ -16,6 +16,7 @@ from pageferryd.control.limits import pacing_options, session_options
 from pageferryd.control.view import RateMeter, add_session, layout_of, migration_of
 from pageferryd.core.errors import LayoutError
 from pageferryd.core.lifecycle import State
+from pageferryd.linux.collapse import big_bytes, collapse
 from pageferryd.destination.grpc_lanes import GrpcLaneOpener, Source
 from pageferryd.vmm.driver import Activity
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from pageferryd.core.figures import Figures
 
 _log = structlog.get_logger(__name__)
+
+_COLLAPSE_SECONDS = 2.0
+"""How long the end of a migration waits for huge mappings; they go on being made after that."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Incoming:
         self._deadline: asyncio.TimerHandle | None = None
         self._giving_up: asyncio.Task[None] | None = None
         self._no_commits: asyncio.Task[None] | None = None
+        self._collapsing: asyncio.Task[None] | None = None
         self._touched = False
         self._committed = False
         self._running = False
@@ -201,8 +206,8 @@ class Incoming:
             session = self._arrival.session
             add_session(message, session, self._rate.rate(session.pager.counts.push_bytes))
         elif self._last is not None:
-            for name in ("progress", "memory_map"):
-                getattr(message, name).CopyFrom(getattr(self._last, name))
+            message.progress.MergeFrom(self._last.progress)
+            message.memory_map.CopyFrom(self._last.memory_map)
             message.fault_latencies.extend(self._last.fault_latencies)
         return message
 
@@ -247,8 +252,17 @@ class Incoming:
             await self._guest.driver.detach_pager()
         except FerryError as error:
             _log.warning("vmm_keeps_userfaultfd", migration=record.migration_id, detail=error.message)
+        if self._around.settings.collapse_memory:
+            self._collapsing = asyncio.create_task(self._collapse(arrival))
+            await asyncio.wait([self._collapsing], timeout=_COLLAPSE_SECONDS)
         record.lifecycle.to(State.COMPLETED)
         _log.info("migration_completed", migration=record.migration_id, guest=record.guest_id)
+
+    async def _collapse(self, arrival: Arrival) -> None:
+        """Have small mappings put back together; the guest runs meanwhile, and need not wait for it to be complete."""
+        await asyncio.to_thread(collapse, arrival.pid, arrival.spans)
+        self.record.huge_bytes = await asyncio.to_thread(big_bytes, arrival.pid, arrival.spans)
+        self.record.changes.notify()
 
     async def _break_off(self, arrival: Arrival, error: FerryError) -> None:
         """The memory cannot be completed: end it without ever showing the guest a page that is not its own."""

@@ -46,6 +46,7 @@ class MigrationRecord:
     ended: float | None = None
     downtime: float | None = None
     postcopy_seconds: float | None = None
+    huge_bytes: int = 0
     error: FerryError | None = None
     lifecycle: Lifecycle = field(init=False)
     changes: Changes = field(default_factory=Changes)

@@ -36,6 +36,8 @@ def migration_of(record: MigrationRecord) -> migration_pb2.Migration:
         create_time=_timestamp(record.created),
         limits=record.limits,
     )
+    if record.huge_bytes:
+        message.progress.huge_bytes = record.huge_bytes
     if record.ended is not None:
         message.end_time.CopyFrom(_timestamp(record.ended))
     if record.downtime is not None:
@@ -72,7 +74,7 @@ def add_session(message: migration_pb2.Migration, session: Session, rate: float)
     pager = session.pager
     counts, page_map, around = pager.counts, pager.map, pager.around.counts
     discarded, poisoned = page_map.discarded.count, page_map.poisoned.count
-    message.progress.CopyFrom(
+    message.progress.MergeFrom(
         migration_pb2.Progress(
             pages_total=page_map.page_count,
             pages_present=page_map.settled.count - discarded - poisoned,

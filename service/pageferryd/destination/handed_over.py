@@ -21,7 +21,7 @@ from pageferryd.linux.userfaultfd import Userfaultfd
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from pageferryd.destination.address_map import AddressMap
     from pageferryd.destination.door import FaultDoor
@@ -59,6 +59,13 @@ class Handoff(NamedTuple):
         if self.uffd is None:
             return exit_door, [exit_door]
         return exit_door, [UffdDoor(self.uffd, self.addresses), exit_door]
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Yield where memory of 4 KiB pages is mapped in the VMM, as (address, bytes)."""
+        layout = self.addresses.layout
+        for address, region in zip(self.addresses.addresses, layout.regions, strict=True):
+            if region.page_size == PAGE_SIZE:
+                yield address, region.size
 
     def close(self) -> None:
         """Let all of it go."""
