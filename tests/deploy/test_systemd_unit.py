@@ -97,9 +97,9 @@ def test_the_system_call_filter_lets_through_what_the_sidecar_calls(
     assert "mount" not in allowed
 
 
-def test_the_only_capability_is_the_one_that_reads_guests(unit: dict[str, list[str]]) -> None:
-    assert unit["CapabilityBoundingSet"] == ["CAP_SYS_PTRACE"]
-    assert unit["AmbientCapabilities"] == ["CAP_SYS_PTRACE"]
+def test_the_capabilities_are_those_that_read_guests_and_map_them_huge(unit: dict[str, list[str]]) -> None:
+    assert unit["CapabilityBoundingSet"] == ["CAP_SYS_PTRACE CAP_SYS_NICE"]
+    assert unit["AmbientCapabilities"] == ["CAP_SYS_PTRACE CAP_SYS_NICE"]
     assert unit["NoNewPrivileges"] == ["yes"]
 
 
