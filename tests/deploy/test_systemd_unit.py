@@ -28,6 +28,9 @@ NEEDED_CALLS = {
     "pread64",
     "recvmsg",
     "epoll_pwait",
+    "process_madvise",
+    "process_vm_writev",
+    "fallocate",
 }
 
 
