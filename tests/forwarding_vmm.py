@@ -52,7 +52,9 @@ class ForwardingVmm:
 
     def __init__(self, endpoint: FaultEndpoint, token: bytes | None = None) -> None:
         self._channel = grpc.aio.insecure_channel(
-            f"unix:{endpoint.socket_path}", options=[("grpc.use_local_subchannel_pool", 1)]
+            f"unix:{endpoint.socket_path}",
+            # No more is taken from the pager than a VMM reads.
+            options=[("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)],
         )
         self.stub: Any = fault_pb2_grpc.FaultServiceStub(self._channel)
         secret = endpoint.token if token is None else token

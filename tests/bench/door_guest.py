@@ -2,8 +2,8 @@
 
 Its memory is a shared memfd in either case. With `--door uffd` a userfaultfd goes to the pager, and a fault is a touch
 of the mapping. With `--door exit` the memfd and a userfault bitmap go there, and a fault is what a VMM does at a vCPU's
-exit: look at the bitmap, forward the fault where the page's bit is set, then read the page. Faults go to the FaultService,
-or with `--door json` as JSON over the hand-off's socket.
+exit: look at the bitmap, forward the fault where the page's bit is set, then read the page. Faults go to the
+FaultService; with `--door json` as JSON over the hand-off's socket.
 
 One JSON object a line on stdout, one command a line on stdin: `touch COUNT THREADS` touches COUNT random pages that are
 missing, or as many as there still are, and answers with the microseconds of each and the seconds of all.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 
-from pageferry.v1 import memory_pb2
+from pageferry.v1 import memory_pb2, vmm_pb2
 from pageferry.vmm.handoff import PagerLink
 from pageferry.vmm.memory import GuestMemory
 from pageferryd.core.layout import PAGE_SIZE, Layout, Region
-from pageferryd.vmm.driver import Activity, Description, FaultEndpoint
+from pageferryd.vmm.driver import Activity, Description, FaultEndpoint, PrivatePages
 
 PAGES = 16
 
@@ -41,6 +42,7 @@ class StandInVmm:
         self.failures: dict[str, BaseException] = {}
         self.gates: dict[str, Gate] = defaultdict(Gate)
         self.gated: set[str] = set()
+        self.private = PrivatePages()
         self.loaded: bytes | None = None
         self.killed = False
         self.closed = False
@@ -80,9 +82,13 @@ class StandInVmm:
         await self._do("save_state")
         return b"state"
 
-    async def private_pages(self) -> list[tuple[int, int]]:
+    async def private_pages(self) -> PrivatePages:
         await self._do("private_pages")
-        return []
+        return self.private
+
+    async def export_pages(self, guest_addresses: Sequence[int]) -> Sequence[vmm_pb2.GuestPageBundle]:
+        await self._do("export_pages")
+        return [vmm_pb2.GuestPageBundle(guest_addresses=guest_addresses, payload=b"sealed", metadata=b"meta")]
 
     async def load_state(self, state: bytes) -> None:
         await self._do("load_state")

@@ -22,6 +22,7 @@ class ScriptedInstaller:
         self.pages: dict[int, bytes] = {}
         self.script: deque[Script] = deque()
         self.woken: list[tuple[int, int]] = []
+        self.let: list[tuple[int, int]] = []
         self.calls: list[tuple[str, int, int]] = []
         self.released = self.abandoned = False
 
@@ -42,6 +43,9 @@ class ScriptedInstaller:
         if how is Placed.PRESENT:
             self.wake(first, pages)
         return placed, how
+
+    def let_through(self, first: int, pages: int) -> None:
+        self.let.append((first, pages))
 
     def wake(self, first: int, pages: int) -> None:
         self.woken.append((first, pages))

@@ -50,13 +50,8 @@ def page(number: int) -> bytes:
 def main() -> None:
     size, backing = int(sys.argv[1]), Backing(sys.argv[2])
     memory = GuestMemory(size, backing)
-    # As a userfaultfd fills it: no huge page at the first touch.
-    if number := memory.advise(0, size, 15):
-        raise OSError(number, "MADV_NOHUGEPAGE")
     for at in range(0, size, PAGE):
         memory.write(at, page(at // PAGE))
-    if number := memory.advise(0, size, 14):
-        raise OSError(number, "MADV_HUGEPAGE")
     print(memory.address, flush=True)
     for _ in sys.stdin:
         intact = all(memory.read(at, PAGE) == page(at // PAGE) for at in range(0, size, PAGE))

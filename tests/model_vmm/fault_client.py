@@ -147,5 +147,3 @@ async def _end(context: _Context, tasks: list[asyncio.Task[None]]) -> None:
     for error in ended:
         if isinstance(error, Exception):
             raise error
-
-

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from queue_lanes import QueueLanes, QueueSource
 
-from pageferryd.core.layout import Layout
+from pageferryd.core.layout import PAGE_SIZE, Layout
+
+
+class TornReader:
+    """Reads up to the first page that cannot be read."""
+
+    def __init__(self, reader: Any, torn: set[int]) -> None:
+        self._reader = reader
+        self._torn = torn
+
+    def read(self, at: int, length: int) -> bytes:
+        first = min((address for address in self._torn if at <= address < at + length), default=at + length)
+        if first == at:
+            raise OSError(errno.EIO, "the test has torn this page out")
+        return self._reader.read(at, first - at)
+
+    def extents(self, at: int, length: int) -> Any:
+        return self._reader.extents(at, length)
 
 
 class SlowLanes(QueueLanes):
@@ -47,6 +66,15 @@ class SlowSource(QueueSource):
         self.attempted.set()
         self.connections.append(SlowLanes(self))
         return self.connections[-1]
+
+    def tear_out(self, pages: Iterable[int]) -> None:
+        """Make pages unreadable."""
+        torn = set()
+        for page in pages:
+            piece = next(self.layout.pieces(page, 1))
+            torn.add(self._memories[piece.region].address + piece.first * PAGE_SIZE)
+        regions = self.served.readable()._regions
+        regions[:] = [region._replace(reader=TornReader(region.reader, torn)) for region in regions]
 
     def cut(self) -> None:
         """Cut the latest connection."""

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from guarded import Guarded
-
 from pageferry.v1 import fault_pb2
 from pageferryd.core.layout import PAGE_SIZE
 
@@ -29,7 +27,7 @@ class ModelVmm:
 
     def __init__(
         self,
-        guarded: Guarded,
+        guarded: Any,
         content: Callable[[int], bytes],
         private: set[int],
         rng: random.Random,
@@ -49,13 +47,16 @@ class ModelVmm:
         self._memory: dict[int, bytearray] = {}
         """The private side of pages whose attribute is private."""
         self._importable = [True] * self.pages
-        self._given_up: dict[int, int] = {}
+        self.given_up: dict[int, int] = {}
         """Pages whose deliveries are worthless, and how many streams there were then."""
+        self._touched: set[int] = set()
+        """Pages whose shared side may be there."""
         self.busy: set[int] = set()
         """Pages that are being converted or discarded."""
         self.shared = [Side(ZERO_PAGE if page in private else content(page)) for page in range(self.pages)]
         self.private = [Side(content(page)) for page in range(self.pages)]
         self.client: FaultClient
+        self.released = False
         self._reports: set[asyncio.Task[None]] = set()
         self.counts = dict.fromkeys(("imports", "failed", "stale", "duplicate", "conversions", "discards", "exits"), 0)
 
@@ -83,6 +84,7 @@ class ModelVmm:
 
     async def _access_shared(self, page: int, word: bytes | None, start: int, who: str) -> None:
         side = self.shared[page]
+        self._touched.add(page)
         if word is None:
             seen = await _of(self.guarded.reading(page))
             self._trace(f"{who} read shared {page}: {seen[:WORD].hex()}")
@@ -119,13 +121,16 @@ class ModelVmm:
         if response is None:
             self._zero_unless_lost(page)
         elif response.outcome == fault_pb2.OUTCOME_ZERO:
-            self._trace(f"private {page} is zero")
-            self._importable[page] = False
-            self._make_private(page, ZERO_PAGE)
-        elif response.outcome in _IN_PLACE:
+            self.make_private_zero(page)
+        elif response.outcome in _IN_PLACE and self._importable[page]:
             raise Violation(f"private page {page} is said to be in place ({response.outcome}), and was never delivered")
         elif response.outcome == fault_pb2.OUTCOME_REFUSED and not self.client.over:
             raise Violation(f"the fault on private page {page} was refused: {response.message}")
+
+    def make_private_zero(self, page: int) -> None:
+        self._trace(f"private {page} is zero")
+        self._importable[page] = False
+        self._make_private(page, ZERO_PAGE)
 
     def _zero_unless_lost(self, page: int) -> None:
         if self._importable[page]:
@@ -153,9 +158,9 @@ class ModelVmm:
         task.add_done_callback(self._reports.discard)
 
     def _import(self, page: int, content: bytes, stream: int) -> fault_pb2.ImportResult.ValueType:
-        if page not in self.busy and self._given_up.get(page, stream) < stream:
+        if page not in self.busy and self.given_up.get(page, stream) < stream:
             raise Violation(f"page {page} was delivered again on a stream that is younger than its conversion")
-        if page in self._given_up:
+        if page in self.given_up:
             self.counts["stale"] += 1
             return fault_pb2.IMPORT_RESULT_STALE
         if not self._importable[page]:
@@ -194,7 +199,8 @@ class ModelVmm:
             await self.client.convert(first, pages, private=private)
         if not early:
             self._give_up(run)
-        await self._punch(first, pages)
+        if private or self._touched.intersection(run):
+            await self._punch(first, pages)
         for page in run:
             if private:
                 self._make_private(page, ZERO_PAGE)
@@ -213,6 +219,7 @@ class ModelVmm:
         early = self._rng.random() < 0.5
         if early:
             self._give_up(run)
+        await self.tell_of_discard(first, pages)
         await self._punch(first, pages)
         if not early:
             self._give_up(run)
@@ -221,12 +228,15 @@ class ModelVmm:
                 self._memory[page][:] = ZERO_PAGE
         self._finish(run, changes)
 
+    async def tell_of_discard(self, first: int, pages: int) -> None:
+        """Nothing: the userfaultfd does."""
+
     async def _punch(self, first: int, pages: int) -> None:
         await _of(self.guarded.discarding(first, pages))
 
     def _give_up(self, run: range) -> None:
         for page in run:
-            self._given_up[page] = self.client.streams
+            self.given_up[page] = self.client.streams
             self._importable[page] = False
 
     def _begin_zero(self, run: range) -> list[Change]:
@@ -249,13 +259,15 @@ class ModelVmm:
         """The migration is over, and nothing happens any more: look at every page."""
         memory = self.guarded.read_all()
         for page in range(self.pages):
-            now = self.ticks.next()
-            at = page * PAGE_SIZE
-            self.shared[page].check(memory[at : at + PAGE_SIZE], now, now, f"at the end: shared page {page}")
-            if self.is_private[page]:
-                if not self._attribute[page]:
-                    self._zero_unless_lost(page)
-                self._access_private(page, None)
+            self.check_page(page, memory[page * PAGE_SIZE : (page + 1) * PAGE_SIZE])
+
+    def check_page(self, page: int, content: bytes) -> None:
+        now = self.ticks.next()
+        self.shared[page].check(content, now, now, f"at the end: shared page {page}")
+        if self.is_private[page]:
+            if not self._attribute[page]:
+                self._zero_unless_lost(page)
+            self._access_private(page, None)
 
 
 async def _of(future: Future[T]) -> Any:

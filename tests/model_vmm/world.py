@@ -8,15 +8,20 @@ import random
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
+from unittest.mock import patch
 
 from guarded import Guarded
 
 from pageferry.errors import FerryError
+from pageferry.vmm.memory import Backing
 from pageferryd.core.layout import PAGE_SIZE
 from pageferryd.core.pacing import PacingOptions
 from pageferryd.core.pager import PagerOptions
+from pageferryd.destination import imports
+from pageferryd.destination.door import FaultDoor
 from pageferryd.destination.exit_door import ExitDoor
 from pageferryd.destination.fault_service import FaultServicer
+from pageferryd.destination.installer import Installer
 from pageferryd.destination.session import Session, SessionOptions
 from pageferryd.destination.uffd_door import UffdDoor
 from pageferryd.destination.uffd_installer import UffdInstaller
@@ -41,7 +46,8 @@ def stamp(page: int, kind: int) -> bytes:
 
 
 def session_options(rng: random.Random) -> SessionOptions:
-    pacing = PacingOptions(max_window=rng.choice([4, 16, 256]) * PAGE_SIZE, max_credit=rng.choice([1, 2, 8]) * PAGE_SIZE)
+    window, credit = rng.choice([4, 16, 256]), rng.choice([1, 2, 8])
+    pacing = PacingOptions(max_window=window * PAGE_SIZE, max_credit=credit * PAGE_SIZE)
     pager = PagerOptions(
         demand_window=rng.choice([1, 2, 16]),
         demand_batch=rng.choice([1, 4, 16]),
@@ -53,45 +59,57 @@ def session_options(rng: random.Random) -> SessionOptions:
     return SessionOptions(pager, backoff_initial=0.0002, backoff_max=0.002)
 
 
+class Memory(Guarded):
+    """Memory that a userfaultfd guards."""
+
+    def let_go(self) -> None:
+        """Let go of who waits in a fault."""
+        self.uffd.close()
+
+
 class World:
     """The guest at its destination, its source, and whoever disturbs them."""
 
     def __init__(self, seed: int, trace: Trace = silent) -> None:
         self.rng = rng = random.Random(seed)
         self.trace = trace
-        sizes = [rng.randint(8, 32) for _ in range(rng.randint(1, 2))]
-        self.guarded = Guarded(*sizes)
+        self.guarded = self.make_memory([rng.randint(8, 32) for _ in range(rng.randint(1, 2))])
         layout = self.guarded.layout
         zero_share, private_share = rng.choice([0.0, 0.3, 0.8]), rng.choice([0.0, 0.3, 0.7, 1.0])
         self.zeroes = {page for page in range(layout.page_count) if rng.random() < zero_share}
         self.private = {page for page in range(layout.page_count) if rng.random() < private_share}
         self.source = SlowSource(layout, self._fill, self.private, rng, rng.choice([1, 8, 60]))
         door = ExitDoor(layout)
-        self.installer = UffdInstaller(self.guarded.uffd, self.guarded.addresses)
-        self.session = Session(
-            layout,
-            [UffdDoor(self.guarded.uffd, self.guarded.addresses), door],
-            self.installer,
-            self.source,
-            session_options(rng),
-        )
+        self.installer = self.make_installer()
+        doors = self.make_doors(door)
+        self.session = Session(layout, doors, self.installer, self.source, session_options(rng))
         servicer = FaultServicer(SECRET)
         servicer.connect(door, self.session)
-        self.vmm = ModelVmm(self.guarded, self._content, self.private, rng, self._note, rng.random() < 0.5)
+        self.vmm = self.kind_of_vmm(self.guarded, self.content, self.private, rng, trace, rng.random() < 0.5)
         self.vmm.client = FaultClient(servicer, layout, self.vmm.take)
+        self.unreported = rng.choice([1, 4, imports.MAX_UNREPORTED_PAGES])
         self._words = itertools.count(1)
         self._left = 0
         self._push_at = 0
         self._pushing = False
 
+    kind_of_vmm = ModelVmm
+
+    def make_memory(self, sizes: list[int]) -> Any:
+        return Memory(*sizes, backing=self.rng.choice([Backing.ANONYMOUS, Backing.SHMEM]))
+
+    def make_installer(self) -> Installer:
+        return UffdInstaller(self.guarded.uffd, self.guarded.addresses)
+
+    def make_doors(self, door: ExitDoor) -> list[FaultDoor]:
+        return [UffdDoor(self.guarded.uffd, self.guarded.addresses), door]
+
     def _fill(self, page: int) -> bytes | None:
         return None if page in self.zeroes else stamp(page, page in self.private)
 
-    def _content(self, page: int) -> bytes:
+    def content(self, page: int) -> bytes:
+        """What a page holds for those who may read it."""
         return self._fill(page) or bytes(PAGE_SIZE)
-
-    def _note(self, line: str) -> None:
-        self.trace(line)
 
     # What happens
 
@@ -170,8 +188,9 @@ class World:
     async def run(self, deadline: float = DEADLINE) -> Counter[str]:
         """Return counts of what happened. Raises Violation."""
         try:
-            async with asyncio.timeout(deadline):
-                await self._live()
+            with patch.object(imports, "MAX_UNREPORTED_PAGES", self.unreported):
+                async with asyncio.timeout(deadline):
+                    await self._live()
         except TimeoutError:
             raise Violation(f"somebody waits for ever: {self._waiting()}") from None
         finally:
@@ -188,8 +207,9 @@ class World:
         try:
             while tasks:
                 done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+                errors = [error for task in done if (error := task.exception()) is not None]
+                if errors:
+                    raise errors[0]
                 if not tasks - {arriving}:
                     self._start_push()
             await self.vmm.reported()
@@ -199,7 +219,7 @@ class World:
             if tasks:
                 # Who waits in a fault is let go with its userfaultfd.
                 await self.session.close()
-                self.guarded.uffd.close()
+                self.guarded.let_go()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _arrive(self) -> None:
@@ -222,13 +242,14 @@ class World:
         await self.vmm.client.stop()
         await self.session.close()
         self.installer.release()
+        self.vmm.released = True
 
     async def _close(self) -> None:
         if not self.vmm.client.over:
             # The failure that led here is reported; others are its echo.
             await asyncio.gather(self.vmm.client.stop(), return_exceptions=True)
             await self.session.close()
-            self.guarded.uffd.close()
+            self.guarded.let_go()
         self.source.close()
 
     def close(self) -> None:
@@ -236,7 +257,7 @@ class World:
 
     def _waiting(self) -> str:
         pager = self.session.pager
-        missing = [run for run in pager.map.missing_runs(0, self.guarded.layout.page_count)]
+        missing = list(pager.map.missing_runs(0, self.guarded.layout.page_count))
         return f"missing {missing}, {pager.faults_waiting} faults wait, busy {sorted(self.vmm.busy)}"
 
     def _counts(self) -> Counter[str]:
@@ -251,11 +272,11 @@ class World:
         )
 
 
-def run(seed: int, trace: Trace = silent, *, deadline: float = DEADLINE) -> Counter[str]:
+def run(seed: int, trace: Trace = silent, *, deadline: float = DEADLINE, kind: type[World] = World) -> Counter[str]:
     """Run one seed; return counts of what happened."""
 
     async def live() -> Counter[str]:
-        world = World(seed, trace)
+        world = kind(seed, trace)
         try:
             return await world.run(deadline)
         finally:

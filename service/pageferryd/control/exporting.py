@@ -52,6 +52,8 @@ def _converted(layout: Layout, bundle: vmm_pb2.GuestPageBundle) -> page_pb2.Page
         pages = [layout.run_at(address, PAGE_SIZE)[0] for address in bundle.guest_addresses]
     except PageRangeError as error:
         raise FerryError(Reason.VMM_FAILED, f"the VMM exported a page that its guest does not have: {error}") from error
+    if len(set(pages)) < count:
+        raise FerryError(Reason.VMM_FAILED, "the VMM exported a bundle with a page twice")
     return page_pb2.PageBundle(
         pages=pages, payload=bundle.payload, metadata=bundle.metadata, stream=bundle.stream, epoch=bundle.epoch
     )

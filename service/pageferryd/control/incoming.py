@@ -16,8 +16,8 @@ from pageferryd.control.limits import pacing_options, session_options
 from pageferryd.control.view import RateMeter, add_session, layout_of, migration_of
 from pageferryd.core.errors import LayoutError
 from pageferryd.core.lifecycle import State
-from pageferryd.linux.collapse import big_bytes, collapse
 from pageferryd.destination.grpc_lanes import GrpcLaneOpener, Source
+from pageferryd.linux.collapse import big_bytes, collapse
 from pageferryd.vmm.driver import Activity
 
 if TYPE_CHECKING:

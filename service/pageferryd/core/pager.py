@@ -108,6 +108,10 @@ class Pager:
         """How many pages the guest waits for."""
         return self._demand.waiting
 
+    def waits_for(self, page: int) -> bool:
+        """Say whether the guest waits for the page."""
+        return self._demand.waits_for(page)
+
     @property
     def demand_due(self) -> bool:
         """Whether `next_fetch` may have a request."""

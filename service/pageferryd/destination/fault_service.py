@@ -7,7 +7,6 @@ import hmac
 from typing import TYPE_CHECKING, Any
 
 import grpc
-import structlog
 
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import fault_pb2, fault_pb2_grpc
@@ -18,12 +17,10 @@ if TYPE_CHECKING:
     from pageferryd.destination.exit_door import ExitDoor
     from pageferryd.destination.session import Session
 
-_log = structlog.get_logger(__name__)
-
 TOKEN_KEY = "pageferry-fault-token-bin"  # noqa: S105 - the name of a metadata key
 TOKEN_BYTES = 32
 MAX_UNSENT = 8192
-"""Resolutions that a VMM may leave unread before its stream is ended; it may open another and ask again."""
+"""Resolutions that a VMM may leave unread before no more of its faults are taken."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -60,10 +57,8 @@ class FaultServicer(fault_pb2_grpc.FaultServiceServicer):
         try:
             while isinstance(request := await context.read(), fault_pb2.ResolveFaultsRequest):
                 stream.take(request)
-                if stream.unread > MAX_UNSENT:
-                    _log.warning("vmm_reads_no_answers", unread=stream.unread)
-                    # No status would get past what it does not read: gRPC resets the stream.
-                    raise asyncio.CancelledError
+                # A VMM that does not read is not listened to: gRPC cannot even tell it that its stream has ended.
+                await stream.room(MAX_UNSENT)
         finally:
             desk.disconnect(stream.deliver)
             stream.close()

@@ -40,14 +40,16 @@ class FaultStream:
         self._door = door
         self._unsent: deque[fault_pb2.ResolveFaultsResponse] = deque()
         self._work = asyncio.Event()
+        self._sent = asyncio.Event()
         self._waiting: dict[int, Callable[[], None]] = {}
         # Single pages that are waited for, by the token of the first fault on each.
         self._tokens: dict[int, int] = {}
 
-    @property
-    def unread(self) -> int:
-        """How many resolutions wait to be sent."""
-        return len(self._unsent)
+    async def room(self, most: int) -> None:
+        """Wait until no more than `most` resolutions wait to be sent."""
+        while len(self._unsent) > most:
+            self._sent.clear()
+            await self._sent.wait()
 
     def take(self, request: fault_pb2.ResolveFaultsRequest) -> None:
         """Take a fault. One that cannot be is refused by itself; the stream goes on."""
@@ -100,7 +102,7 @@ class FaultStream:
         self._put(
             fault_pb2.ResolveFaultsResponse(
                 token=token,
-                guest_address=self._address_of(page),
+                guest_address=addresses[0],
                 size=PAGE_SIZE,
                 outcome=fault_pb2.OUTCOME_DELIVERED,
                 sharing=fault_pb2.SHARING_PRIVATE,
@@ -134,6 +136,7 @@ class FaultStream:
         while True:
             while self._unsent:
                 await context.write(self._unsent.popleft())
+                self._sent.set()
             self._work.clear()
             await self._work.wait()
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 FETCH = "/pageferry.v1.PageService/FetchPages"
 PUSH = "/pageferry.v1.PageService/PushPages"
-_EXPORT_SECONDS = 60.0
+# Longer than the source gives its VMM, which then says what is wrong there.
+_EXPORT_SECONDS = 40.0
 # Left to gRPC's defaults a stream buffers 64 KiB before its reader is asked.
 _PUSH_OPTIONS = (("grpc.http2.lookahead_bytes", 4 << 20),)
 
@@ -110,7 +111,7 @@ class GrpcLanes:
         channels, self._channels = self._channels, ()
         await asyncio.gather(*(channel.close() for channel in channels))
         # gRPC keeps a closed channel's connection for as long as anybody refers to it, and errors refer to these lanes.
-        for name in ("_stub", "_demand_stream", "_push_stream"):
+        for name in ("_stub", "_push_stub", "_demand_stream", "_push_stream"):
             self.__dict__.pop(name, None)
 
     async def _read(self, stream: _Stream) -> bytes:

@@ -41,6 +41,9 @@ class Installer(Protocol):
         PRESENT where they are still there; DONE where the VMM had dropped them without a word, and they are zero now.
         """
 
+    def let_through(self, first: int, pages: int) -> None:
+        """Let accesses to pages through that the VMM has placed itself, as it does private ones."""
+
     def wake(self, first: int, pages: int) -> None:
         """Wake who waits for pages that are in place."""
 

@@ -27,6 +27,7 @@ CLASSES = {
     Answer.POISON: "poisoned",
 }
 """What a fault's answer is called in metrics."""
+_TO_COME = (Answer.FETCH, Answer.JOINED)
 
 
 class FaultIntake:
@@ -55,9 +56,14 @@ class FaultIntake:
             self.discard(first, pages, now)
         shared_only = door == SHARED_DOOR
         for page in events.faults:
-            if shared_only:
-                self._placer.touched_shared.add(page)
+            if shared_only and page in self._placer.private:
+                # Whether the VMM has imported it yet or not: this access is not what waits for that.
+                self._placer.serve_shared_side(page)
+                self.counts[door, CLASSES[Answer.ZERO]] += 1
+                continue
             answer = self._pager.fault(page, now, events.seen)
+            if shared_only and answer in _TO_COME:
+                self._placer.touched_shared.add(page)
             self.counts[door, CLASSES[answer]] += 1
             if answer is Answer.ZERO:
                 self._placer.serve_zero(page)
@@ -77,11 +83,20 @@ class FaultIntake:
 
     def _discard_whole(self, first: int, pages: int, now: float) -> None:
         self._placer.dropped(first, pages)
+        cured = self._poisoned(first, pages) if self._pager.map.poisoned else []
         waited_for = self._pager.discard(first, pages, now)
+        for page in cured:
+            # Or an access to it would still fail, or exit for ever once nobody answers any more.
+            self._placer.serve_zero(page)
         for times in waited_for:
             self._placer.serve_zero(times.page)
         if waited_for:
             self._ended(waited_for)
+
+    def _poisoned(self, first: int, pages: int) -> list[int]:
+        """Return the poisoned pages of whole granules; one stands for a granule, which was poisoned whole."""
+        step = self._pager.layout.granule(first)[1]
+        return [page for page in range(first, first + pages, step) if page in self._pager.map.poisoned]
 
 
 def whole_granules(layout: Layout, first: int, pages: int) -> Iterator[tuple[int, int, bool]]:

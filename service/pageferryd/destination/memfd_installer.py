@@ -84,6 +84,10 @@ class MemfdInstaller:
         self._map_filled(first, pages)
         return pages, Placed.DONE
 
+    def let_through(self, first: int, pages: int) -> None:
+        """Clear the bits, which vCPUs' private accesses exit for, too."""
+        self._bitmap.clear(first, pages)
+
     def wake(self, first: int, pages: int) -> None:
         """Wake who waits through the VMM's own mapping."""
         if self._uffd is not None:

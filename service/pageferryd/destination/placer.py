@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
@@ -81,12 +82,12 @@ class Placer:
         self._uniform = pager.layout.uniform
         self._staging = Staging(pager.layout)
         self._backlog: deque[_Piece] = deque()
-        self._zeroes: deque[int] = deque()
+        self._unserved: deque[Callable[[], None]] = deque()
         self._retrying = False
         self.pages: Counter[tuple[str, str]] = Counter()
         """Pages placed, by lane and kind."""
         self.desk = ImportDesk(self._imported, self._refused)
-        self.exports = Exports(pager.layout.page_count, self._take_bundle)
+        self.exports = Exports(pager.layout.page_count, self._take_bundle, self.desk.has_room)
         self.private = PageSet(pager.layout.page_count)
         """Pages that are private to the guest."""
         self.touched_shared: set[int] = set()
@@ -97,7 +98,7 @@ class Placer:
     @property
     def behind(self) -> bool:
         """Whether something that arrived waits for the kernel to take it, or for the VMM to import it."""
-        return bool(self._backlog or self._zeroes) or self.desk.full
+        return bool(self._backlog or self._unserved) or self.desk.full
 
     def place(self, batch: Batch, lane: Lane) -> None:
         """Place a small batch at once."""
@@ -118,7 +119,7 @@ class Placer:
                 self._place(_Piece(Run(first, pages, run.kind), batch.message, offset, lane))
                 if run.kind in WITH_BYTES:
                     offset += pages * PAGE_SIZE
-                if pages == SLICE_PAGES:
+                if pages == SLICE_PAGES or self.desk.full:
                     yield
         if self._backlog:
             self.retry()
@@ -132,8 +133,8 @@ class Placer:
             self._drain()
             for _ in range(len(self._backlog)):
                 self._place(self._backlog.popleft())
-            for _ in range(len(self._zeroes)):
-                self.serve_zero(self._zeroes.popleft())
+            for _ in range(len(self._unserved)):
+                self._unserved.popleft()()
         finally:
             self._retrying = False
         return not self.behind
@@ -158,40 +159,61 @@ class Placer:
                 self._put(whole.run, whole.data, 0, piece.lane)
 
     def _hand_out(self, run: Run, data: bytes, offset: int, lane: Lane) -> None:
-        """Give private pages to the VMM; who touched their shared side gets zeroes."""
-        self.private.add(run.first, run.pages)
+        """Give private pages to the VMM, or have them exported for it; who touched their shared side gets zeroes."""
+        self._mark_private(run.first, run.pages)
         if run.kind == OPAQUE:
-            self.exports.add(run.first, run.pages, urgent=lane is Lane.DEMAND)
+            self._ask_for(run)
         else:
             self._pager.duplicate(self.desk.deliver(run, data, offset, lane))
-        stop = run.first + run.pages
-        for page in [page for page in self.touched_shared if run.first <= page < stop]:
-            self._serve_shared_side(page)
+
+    def _mark_private(self, first: int, pages: int) -> None:
+        self.private.add(first, pages)
+        for page in [page for page in self.touched_shared if first <= page < first + pages]:
+            self.touched_shared.discard(page)
+            self.serve_shared_side(page)
+
+    def _ask_for(self, run: Run) -> None:
+        """Have opaque pages exported, but for those that the VMM was given before."""
+        for page in range(run.first, run.first + run.pages):
+            if page in self.desk:
+                self._pager.duplicate(1)
+            else:
+                self.exports.add(page, urgent=self._pager.waits_for(page))
 
     def _take_bundle(self, bundle: page_pb2.PageBundle) -> None:
         """Deliver a bundle, unless the guest has moved on from all of it."""
-        if any(self._pager.wanted(Run(page, 1, OPAQUE)) for page in bundle.pages):
-            for page in bundle.pages:
-                self.private.add(page, 1)
+        wanted = [page for page in bundle.pages if self._pager.wanted(Run(page, 1, OPAQUE))]
+        self._pager.duplicate(len(bundle.pages) - len(wanted))
+        if wanted:
+            for page in wanted:
+                self._mark_private(page, 1)
             delivery = Delivery(tuple(bundle.pages), bundle.payload, bundle.metadata, bundle.stream, bundle.epoch)
-            self.desk.deliver_bundle(delivery, Lane.PUSH)
+            waited_for = any(self._pager.waits_for(page) for page in wanted)
+            self.desk.deliver_bundle(delivery, wanted, Lane.DEMAND if waited_for else Lane.PUSH)
 
-    def _serve_shared_side(self, page: int) -> None:
-        self.touched_shared.discard(page)
+    def serve_shared_side(self, page: int) -> None:
+        """Give zeroes to who touched the shared side of a private page."""
         self.shared_accesses += 1
+        self._fill_shared_side(page)
+
+    def _fill_shared_side(self, page: int) -> None:
+        # Nothing is told of the page itself: its private side may be on its way yet.
         _, how = self._install(Run(page, 1, ZERO), b"", 0)
         if how is Placed.PRESENT:
             self._installer.wake(page, 1)
         elif how is Placed.RETRY:
-            self._zeroes.append(page)
+            self._unserved.append(partial(self._fill_shared_side, page))
 
     def _imported(self, run: Run, lane: Lane) -> None:
         """The VMM has a private page in the guest."""
+        self.exports.wake()
         if self._pager.wanted(run):
+            self._installer.let_through(run.first, run.pages)
             self._note(run, lane)
 
     def _refused(self, page: int) -> None:
         """The VMM could not import a private page."""
+        self.exports.wake()
         self._pager.not_installed(page, 1)
 
     def _put(self, run: Run, data: bytes, offset: int, lane: Lane) -> None:
@@ -256,7 +278,7 @@ class Placer:
         first, pages = self._pager.layout.granule(page)
         _, how = self._install(Run(first, pages, ZERO), b"", 0)
         if how is Placed.RETRY:
-            self._zeroes.append(page)
+            self._unserved.append(partial(self.serve_zero, page))
             return
         if how is Placed.PRESENT:
             self._installer.wake(first, pages)
@@ -272,8 +294,10 @@ class Placer:
 
     def serve_present(self, page: int) -> None:
         """Let who touched a page go on that was installed meanwhile."""
-        if page in self.touched_shared and page in self.private:
-            self._serve_shared_side(page)
+        if page in self.private:
+            # It is in the VMM's hands; its shared side is another page.
+            self._installer.let_through(page, 1)
+            self._tell(page, 1, Settled.PRESENT)
             return
         first, pages = self._pager.layout.granule(page)
         try:
@@ -281,7 +305,7 @@ class Placer:
         except FerryError as error:
             how = _wait_for_memory(error)
         if how is Placed.RETRY:
-            self._zeroes.append(page)
+            self._unserved.append(partial(self.serve_present, page))
             return
         if how is Placed.DONE:
             self._pager.discard(first, pages, self._clock())

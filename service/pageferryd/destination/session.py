@@ -17,7 +17,6 @@ from pageferryd.core.latency import FaultLatencies
 from pageferryd.core.pager import Lane, Pager, PagerOptions
 from pageferryd.core.runs import decode
 from pageferryd.destination.arrivals import ArrivalMap
-from pageferryd.destination.exports import WORKERS
 from pageferryd.destination.intake import FaultIntake
 from pageferryd.destination.placer import Placer
 
@@ -108,6 +107,7 @@ class Session:
         """Begin to push: the guest runs."""
         self._push_started = True
         self._push_work.set()
+        self.placer.exports.wake()
         self._check_complete()
 
     def reconnect_now(self) -> None:
@@ -118,6 +118,8 @@ class Session:
         """The VMM says how its import of delivered pages ended."""
         with self._failures():
             self.placer.desk.report(first, pages, end)
+        # What could not be imported is missing again.
+        self._push_work.set()
         self._after_faults()
 
     def convert(self, first: int, pages: int) -> None:
@@ -200,8 +202,10 @@ class Session:
         self._push_work.set()
         workers = [
             asyncio.create_task(work(lanes))
-            for work in (self._ask, self._take_answers, self._ask_for_push, self._take_push, self._watch, self._export)
+            for work in (self._ask, self._take_answers, self._ask_for_push, self._take_push, self._watch)
         ]
+        exports = self.placer.exports.workers(lanes, lambda: self._push_started)
+        workers += [asyncio.create_task(work) for work in exports]
         try:
             self._check_complete()
             await asyncio.wait([self._finished, *workers], return_when=asyncio.FIRST_COMPLETED)
@@ -275,6 +279,9 @@ class Session:
             with self._failures():
                 for _ in self.placer.slices(batch, Lane.PUSH):
                     await asyncio.sleep(0)
+                    if self.placer.desk.full:
+                        self._after_install()
+                        await self._caught_up.wait()
             self._after_install()
 
     async def _watch(self, _lanes: Lanes) -> None:
@@ -288,11 +295,6 @@ class Session:
                     Reason.LANE_SILENT,
                     f"the source has not answered on the {lane.value} lane for {self._options.pager.silence:g} s",
                 )
-
-    async def _export(self, lanes: Lanes) -> None:
-        """Ask for the opaque pages that the lanes named."""
-        desk = self.placer.desk
-        await asyncio.gather(*(self.placer.exports.work(lanes, lambda: not desk.full) for _ in range(WORKERS)))
 
     # What happens between them
 

@@ -90,6 +90,9 @@ class UffdInstaller:
             raise FerryError(Reason.VMM_GONE, "the VMM ended while its guest's memory was coming")
         return _PLACED[outcome]
 
+    def let_through(self, first: int, pages: int) -> None:
+        """Nothing: private pages are not in the mapping that the userfaultfd guards."""
+
     def wake(self, first: int, pages: int) -> None:
         """Wake who waits."""
         for address, count in self._addresses.spans(first, pages):

@@ -26,6 +26,7 @@ _NR_PROCESS_MADVISE: Final = 440  # the same on every architecture (asm-generic/
 _MADV_COLLAPSE: Final = 25
 # One call holds the process's mappings for a while: 32 MiB at a time.
 _PIECES_A_CALL: Final = 16
+_ROUNDS: Final = 3
 # A piece with a pinned page, say. Whoever has many of them is not worth the work.
 _MAX_SKIPPED: Final = 64
 _PASSING: Final = frozenset({errno.EAGAIN, errno.EBUSY})
@@ -66,17 +67,31 @@ def collapse(pid: int, spans: Iterable[tuple[int, int]]) -> int:
 
 
 def _collapse(pidfd: int, pieces: Sequence[int]) -> int:
-    """Collapse pieces up to the first that cannot be; return the errno of that one, or of any that was skipped."""
-    at = skipped = refusal = 0
-    while at < len(pieces) and skipped <= _MAX_SKIPPED:
-        done, number = _advise(pidfd, pieces[at : at + _PIECES_A_CALL])
-        at += done
-        refusal = number or refusal
-        if number in _PASSING:
-            at, skipped = at + 1, skipped + 1
-        elif number:
+    """Collapse pieces up to the first that cannot be; return the errno of what was left, or 0.
+
+    Pieces that are in use just now are tried again behind all others.
+    """
+    for _ in range(_ROUNDS):
+        refusal, pieces = _collapse_once(pidfd, pieces)
+        if refusal not in _PASSING:
             break
     return refusal
+
+
+def _collapse_once(pidfd: int, pieces: Sequence[int]) -> tuple[int, Sequence[int]]:
+    """Return the last errno and the pieces that were skipped for it."""
+    at, refusal = 0, 0
+    skipped: list[int] = []
+    while at < len(pieces) and len(skipped) < _MAX_SKIPPED:
+        done, number = _advise(pidfd, pieces[at : at + _PIECES_A_CALL])
+        at += done
+        if number in _PASSING:
+            refusal = number
+            skipped.append(pieces[at])
+            at += 1
+        elif number:
+            return number, ()
+    return refusal, skipped
 
 
 def _advise(pidfd: int, pieces: Sequence[int]) -> tuple[int, int]:

@@ -113,6 +113,10 @@ class Served:
         if self._export is None or any(page not in self.private for page in pages):
             raise FerryError(Reason.INVALID_ARGUMENT, f"migration {self.migration_id}: these pages are not opaque")
         bundles = await self._export(pages)
+        if any(page not in self.private for bundle in bundles for page in bundle.pages):
+            raise FerryError(
+                Reason.VMM_FAILED, f"migration {self.migration_id}: the VMM exported a page that it did not list"
+            )
         self.pages["demand", "raw"] += sum(len(bundle.pages) for bundle in bundles)
         self.bytes["demand"] += sum(len(bundle.payload) for bundle in bundles)
         return bundles

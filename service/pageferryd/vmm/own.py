@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DRIVER = "vmm"
 _QUICK_SECONDS = 5.0
 _STATE_SECONDS = 60.0
+_EXPORT_SECONDS = 30.0
 _EXIT_SECONDS = 5.0
 _MAX_PRIVATE_RANGES = 1 << 20
 
@@ -96,7 +97,7 @@ class VmmServiceDriver:
     async def export_pages(self, guest_addresses: Sequence[int]) -> Sequence[vmm_pb2.GuestPageBundle]:
         """Have opaque pages exported."""
         request = vmm_pb2.ExportGuestPagesRequest(guest_addresses=guest_addresses)
-        answer = await self._call(self._stub.ExportGuestPages, request, _STATE_SECONDS)
+        answer = await self._call(self._stub.ExportGuestPages, request, _EXPORT_SECONDS)
         bundles: Sequence[vmm_pb2.GuestPageBundle] = answer.bundles
         return bundles
 
