@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import migration_pb2
+from pageferryd.config import Limits
 from pageferryd.control.book import MAX_ENDED, MigrationBook
+from pageferryd.control.following import Following
 from pageferryd.control.incoming import Incoming
 from pageferryd.control.outgoing import Outgoing
 from pageferryd.control.record import MigrationRecord
@@ -24,7 +27,7 @@ def outgoing(name: str, request: str = "", served: int = 0) -> Outgoing:
     """An outgoing migration that does nothing."""
     one = Outgoing.__new__(Outgoing)
     one.record = record_of(name, request=request)
-    one._report = None
+    one._following = Following(one.record, asyncio.Event(), Limits())
     one.served = None
     if served:
         one.served = Served(served)  # type: ignore[assignment]

@@ -88,7 +88,7 @@ def test_sockets_have_the_same_path_in_the_pod_and_on_the_host(pod: dict[str, An
     assert {"runtime", "vmm-sockets", "userfaultfd"} <= set(on_host)
 
 
-def test_the_container_has_two_capabilities_and_cannot_gain_more(pod: dict[str, Any], container: dict[str, Any]) -> None:
+def test_the_container_has_two_capabilities_and_gains_no_more(pod: dict[str, Any], container: dict[str, Any]) -> None:
     security = container["securityContext"]
     assert security["capabilities"] == {"drop": ["ALL"], "add": ["SYS_PTRACE", "SYS_NICE"]}
     assert security["privileged"] is False

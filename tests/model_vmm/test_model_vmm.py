@@ -11,7 +11,6 @@ import pytest
 
 from pageferryd.core.pager import Pager
 from pageferryd.core.runs import RAW, ZERO, Run
-from pageferryd.destination.imports import ImportDesk
 from pageferryd.destination.installer import Placed
 from pageferryd.destination.intake import FaultIntake
 from pageferryd.destination.memfd_installer import MemfdInstaller
@@ -122,7 +121,6 @@ _hand_out = Placer._hand_out
 
 BREAKS: list[tuple[type, str, Any, type[world.World]]] = [
     (FaultIntake, "discard", nothing, world.World),
-    (ImportDesk, "drop", nothing, world.World),
     (Placer, "_hand_out", into_the_shared_mapping, world.World),
     (Placer, "_hand_out", settled_when_delivered, world.World),
     (Placer, "serve_shared_side", told_as_zero, world.World),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import structlog
@@ -13,6 +12,7 @@ import structlog
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import incoming_pb2, migration_pb2
 from pageferryd.control.exporting import exporter
+from pageferryd.control.following import Following
 from pageferryd.control.peer import PROTOCOL_VERSION, Destination
 from pageferryd.control.view import layout_to_proto, migration_of
 from pageferryd.core.errors import CoreError
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 
 _LAST_REPORT_SECONDS = 5.0
-_MIRRORED = {
-    migration_pb2.MIGRATION_STATE_POSTCOPY: State.POSTCOPY,
-    migration_pb2.MIGRATION_STATE_POSTCOPY_PAUSED: State.POSTCOPY_PAUSED,
-}
 
 
 class Outgoing:
@@ -48,13 +44,12 @@ class Outgoing:
         self._pages = pages
         self._page_address = page_address
         self._destination: Destination | None = None
-        self._report: migration_pb2.Migration | None = None
         self._announced = record.limits
         self._completed = asyncio.Event()
+        self._following = Following(record, self._completed, around.settings.limits)
         self._paused_at: float | None = None
         self._committed = False
         self._undoing = False
-        self._failure: FerryError | None = None
         self.served: Served | None = None
         self._task = asyncio.create_task(self._run())
 
@@ -85,15 +80,7 @@ class Outgoing:
     def view(self) -> migration_pb2.Migration:
         """Return the migration as it stands here, with what the destination reported last."""
         message = migration_of(self.record)
-        report = self._report
-        if report is not None:
-            message.progress.CopyFrom(report.progress)
-            message.memory_map.CopyFrom(report.memory_map)
-            message.fault_latencies.extend(report.fault_latencies)
-            if report.HasField("postcopy_duration"):
-                message.postcopy_duration.CopyFrom(report.postcopy_duration)
-            if not message.HasField("error") and report.HasField("error"):
-                message.error.CopyFrom(report.error)
+        self._following.add_to(message)
         return message
 
     async def stop(self) -> None:
@@ -220,13 +207,15 @@ class Outgoing:
 
     async def _see_through(self) -> None:
         """Serve until the destination has said that it has everything; then end the VMM here."""
-        following = asyncio.create_task(self._follow())
+        following = asyncio.create_task(self._following.follow(self._peer()))
         completed = asyncio.create_task(self._completed.wait())
         try:
             await asyncio.wait({following, completed}, return_when=asyncio.FIRST_COMPLETED)
             if not self._completed.is_set():
                 following.result()
-                raise self._failure or FerryError(Reason.INTERNAL, "the destination ended without asking for the rest")
+                raise self._following.failure or FerryError(
+                    Reason.INTERNAL, "the destination ended without asking for the rest"
+                )
             await self._end_vmm()
             await asyncio.wait({following}, timeout=_LAST_REPORT_SECONDS)
         finally:
@@ -244,49 +233,6 @@ class Outgoing:
             await self._guest.driver.kill()
         except FerryError as error:
             _log.warning("vmm_not_killed", migration=self.record.migration_id, detail=error.message)
-
-    async def _follow(self) -> None:
-        """Mirror the destination's reports until it has ended."""
-        limits = self._around.settings.limits
-        backoff = limits.reconnect_initial_seconds
-        while True:
-            try:
-                async with aclosing(self._peer().reports()) as reports:
-                    async for report in reports:
-                        backoff = limits.reconnect_initial_seconds
-                        if self._mirror(report):
-                            return
-                error = FerryError(Reason.DESTINATION_UNREACHABLE, "the destination stopped reporting")
-            except FerryError as lost:
-                error = lost
-            self._mark_paused(error)
-            await asyncio.sleep(backoff)
-            backoff = min(2 * backoff, limits.reconnect_max_seconds)
-
-    def _mirror(self, report: migration_pb2.Migration) -> bool:
-        """Take a report over; return whether it was the last."""
-        record = self.record
-        self._report = report
-        state = _MIRRORED.get(report.state)
-        if report.state == migration_pb2.MIGRATION_STATE_COMPLETED:
-            record.changes.notify()
-            return True
-        if report.state == migration_pb2.MIGRATION_STATE_FAILED:
-            self._failure = FerryError(_reason(report.error), f"at the destination: {report.error.message}")
-            return True
-        if state is not None:
-            detail = report.error
-            record.error = FerryError(_reason(detail), detail.message) if detail.reason else None
-            if state is not record.state:
-                record.lifecycle.to(state)
-        record.changes.notify()
-        return False
-
-    def _mark_paused(self, error: FerryError) -> None:
-        if not self._completed.is_set():
-            self.record.trouble(error)
-            if self.record.state is State.POSTCOPY:
-                self.record.lifecycle.to(State.POSTCOPY_PAUSED)
 
     # When it goes wrong
 
@@ -337,7 +283,3 @@ class Outgoing:
         if self._destination is None:
             raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.record.migration_id} has no destination yet")
         return self._destination
-
-
-def _reason(detail: migration_pb2.ErrorDetail) -> Reason:
-    return Reason(detail.reason) if detail.reason in Reason.__members__ else Reason.INTERNAL
