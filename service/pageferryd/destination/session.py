@@ -15,9 +15,9 @@ from pageferry.errors import FerryError, Reason
 from pageferryd.core.errors import CoreError
 from pageferryd.core.latency import FaultLatencies
 from pageferryd.core.pager import Lane, Pager, PagerOptions
-from pageferryd.core.runs import decode
 from pageferryd.destination.arrivals import ArrivalMap
 from pageferryd.destination.intake import FaultIntake
+from pageferryd.destination.lane_work import LaneWork
 from pageferryd.destination.placer import Placer
 
 if TYPE_CHECKING:
@@ -72,14 +72,8 @@ class Session:
         self._options = options
         self._paused = paused
         self._lanes = lanes
-        self._demand_work = asyncio.Event()
-        self._push_work = asyncio.Event()
-        self._caught_up = asyncio.Event()
-        self._caught_up.set()
         self._finished: asyncio.Future[None] = self._loop.create_future()
         self._reconnect_now = asyncio.Event()
-        self._push_started = False
-        self._push_held = False
         self._retry_due: asyncio.TimerHandle | None = None
         self._retry_after = _RETRY_FIRST
         self.pager = Pager(layout, options.pager, self._clock())
@@ -96,6 +90,7 @@ class Session:
             self._clock,
             self._tell_doors if self._listeners else None,
         )
+        self._work = LaneWork(self.pager, self.placer, self._after_install, self.fail)
         self.intake = FaultIntake(self.pager, self.placer, self._faults_ended, self._after_faults, self._clock)
 
     def open_doors(self) -> None:
@@ -105,8 +100,8 @@ class Session:
 
     def start_push(self) -> None:
         """Begin to push: the guest runs."""
-        self._push_started = True
-        self._push_work.set()
+        self._work.push_started = True
+        self._work.push_may_be_due()
         self.placer.exports.wake()
         self._check_complete()
 
@@ -119,7 +114,7 @@ class Session:
         with self._failures():
             self.placer.desk.report(first, pages, end)
         # What could not be imported is missing again.
-        self._push_work.set()
+        self._work.push_may_be_due()
         self._after_faults()
 
     def convert(self, first: int, pages: int) -> None:
@@ -130,7 +125,7 @@ class Session:
     def set_pacing(self, pacing: PacingOptions) -> None:
         """Put new limits into force."""
         self.pager.pacer.set_options(pacing, self._clock())
-        self._push_work.set()
+        self._work.push_may_be_due()
 
     async def run(self) -> None:
         """Serve until every page is installed and the source knows, through any number of losses.
@@ -198,14 +193,7 @@ class Session:
 
     async def _serve(self, lanes: Lanes) -> None:
         """Work the lanes until everything is in and acknowledged; FerryError where one is lost."""
-        self._demand_work.set()
-        self._push_work.set()
-        workers = [
-            asyncio.create_task(work(lanes))
-            for work in (self._ask, self._take_answers, self._ask_for_push, self._take_push, self._watch)
-        ]
-        exports = self.placer.exports.workers(lanes, lambda: self._push_started)
-        workers += [asyncio.create_task(work) for work in exports]
+        workers = [asyncio.create_task(task) for task in self._work.tasks(lanes)]
         try:
             self._check_complete()
             await asyncio.wait([self._finished, *workers], return_when=asyncio.FIRST_COMPLETED)
@@ -220,82 +208,6 @@ class Session:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    # The demand lane: every line of the next two methods is on the way of each fault.
-
-    async def _ask(self, lanes: Lanes) -> None:
-        work, pager, clock = self._demand_work, self.pager, self._clock
-        while True:
-            runs = pager.next_fetch(clock())
-            if runs is None:
-                await work.wait()
-                work.clear()
-            else:
-                await lanes.fetch(runs)
-
-    async def _take_answers(self, lanes: Lanes) -> None:
-        while True:
-            message = await lanes.fetched()
-            try:
-                batch = decode(message)
-                self.pager.demand_arrived(batch.runs, self._clock())
-            except CoreError as error:
-                raise _misbehaviour(error) from error
-            try:
-                self.placer.place(batch, Lane.DEMAND)
-            except (FerryError, CoreError, OSError) as error:
-                self.fail(error)
-                raise
-            if self.pager.demand_due:
-                self._demand_work.set()
-            self._after_install()
-
-    # The push lane
-
-    async def _ask_for_push(self, lanes: Lanes) -> None:
-        while True:
-            self._push_work.clear()
-            now = self._clock()
-            request = self.pager.next_push(now) if self._push_started else None
-            if request is not None:
-                await lanes.push(request.runs, request.credit)
-                continue
-            held_until = self.pager.pacer.wake_at(self.pager.faults_waiting, now) if self._push_started else None
-            self._push_held = held_until is not None
-            timer = self._loop.call_later(held_until - now, self._push_work.set) if held_until is not None else None
-            await self._push_work.wait()
-            if timer is not None:
-                timer.cancel()
-
-    async def _take_push(self, lanes: Lanes) -> None:
-        while True:
-            await self._caught_up.wait()
-            message = await lanes.pushed()
-            try:
-                batch = decode(message)
-                self.pager.push_arrived(batch.runs, self._clock(), last=batch.last)
-            except CoreError as error:
-                raise _misbehaviour(error) from error
-            self._push_work.set()
-            with self._failures():
-                for _ in self.placer.slices(batch, Lane.PUSH):
-                    await asyncio.sleep(0)
-                    if self.placer.desk.full:
-                        self._after_install()
-                        await self._caught_up.wait()
-            self._after_install()
-
-    async def _watch(self, _lanes: Lanes) -> None:
-        """Notice a source that is connected and says nothing."""
-        while True:
-            await asyncio.sleep(self._options.pager.silence / 4)
-            lane = self.pager.silent_lane(self._clock())
-            # A push lane that this end does not read while it is behind says nothing of the source.
-            if lane is not None and not (lane is Lane.PUSH and self.placer.behind):
-                raise FerryError(
-                    Reason.LANE_SILENT,
-                    f"the source has not answered on the {lane.value} lane for {self._options.pager.silence:g} s",
-                )
-
     # What happens between them
 
     def _tell_doors(self, first: int, pages: int, how: Settled) -> None:
@@ -307,26 +219,24 @@ class Session:
             door.drain()
 
     def _after_faults(self) -> None:
-        if self.pager.demand_due:
-            self._demand_work.set()
+        self._work.demand_may_be_due()
         self._after_install()
 
     def _faults_ended(self, ended: list[FaultTimes]) -> None:
         for times in ended:
             self.placer.touched_shared.discard(times.page)
             self.latencies.observe(times.read, times.queued, times.fetched, times.installed, times.total)
-        if self._push_held:
-            self._push_work.set()
+        self._work.push_may_be_due(only_if_held=True)
 
     def _after_install(self) -> None:
         if self.placer.behind:
-            self._caught_up.clear()
+            self._work.caught_up.clear()
             if self._retry_due is None:
                 self._retry_due = self._loop.call_later(self._retry_after, self._retry)
                 self._retry_after = min(2 * self._retry_after, _RETRY_LONGEST)
         else:
             self._retry_after = _RETRY_FIRST
-            self._caught_up.set()
+            self._work.caught_up.set()
             self._check_complete()
 
     def _retry(self) -> None:
@@ -337,7 +247,7 @@ class Session:
 
     def _check_complete(self) -> None:
         # A guest that has not begun to run may still go back.
-        if self._push_started and self.pager.complete and not self.placer.behind and not self._finished.done():
+        if self._work.push_started and self.pager.complete and not self.placer.behind and not self._finished.done():
             self._finished.set_result(None)
 
     @contextlib.contextmanager
@@ -357,8 +267,3 @@ class Session:
             error = FerryError(Reason.INTERNAL, f"{type(error).__name__}: {error}")
         self._finished.set_exception(error)
         self._reconnect_now.set()
-
-
-def _misbehaviour(error: CoreError) -> FerryError:
-    """Return what the core refuses of the source's messages, as a reason to drop the lanes."""
-    return FerryError(Reason(error.reason), f"the source misbehaves: {error}")
