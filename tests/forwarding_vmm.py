@@ -28,7 +28,7 @@ class HandSession:
         self.faults: list[int] = []
         self.failures: list[Exception] = []
         self.converted: list[tuple[int, int]] = []
-        self.placer = SimpleNamespace(desk=SimpleNamespace(connect=lambda _to: None, disconnect=lambda _to: None))
+        self.placer = SimpleNamespace(desk=SimpleNamespace(connect=lambda *_: None, disconnect=lambda _to: None))
         self._changed = asyncio.Event()
         door.open(self._take, self.failures.append)
 

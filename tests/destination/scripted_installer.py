@@ -22,6 +22,7 @@ class ScriptedInstaller:
         self.pages: dict[int, bytes] = {}
         self.script: deque[Script] = deque()
         self.woken: list[tuple[int, int]] = []
+        self.gone: list[tuple[int, int]] = []
         self.let: list[tuple[int, int]] = []
         self.calls: list[tuple[str, int, int]] = []
         self.released = self.abandoned = False
@@ -46,6 +47,9 @@ class ScriptedInstaller:
 
     def let_through(self, first: int, pages: int) -> None:
         self.let.append((first, pages))
+
+    def given_away(self, first: int, pages: int) -> None:
+        self.gone.append((first, pages))
 
     def wake(self, first: int, pages: int) -> None:
         self.woken.append((first, pages))

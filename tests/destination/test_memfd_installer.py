@@ -155,6 +155,13 @@ def test_a_poisoned_page_that_the_guest_gave_away_is_zero_and_faults_no_more(gue
     assert faulting(guest) == [4]
 
 
+def test_pages_that_the_guest_gave_away_read_as_zero(guest: SharedGuest) -> None:
+    guest.installer.raw(0, 3, contents(0, 3), 0)
+    guest.installer.given_away(1, 1)
+    guest.installer.zero(1, 1)
+    assert [guest.reading(page).result(DEADLINE) for page in range(3)] == [content(0), bytes(PAGE_SIZE), content(2)]
+
+
 def test_bits_that_a_vmm_set_once_more_are_cleared_when_touched_and_in_the_end(guest: SharedGuest) -> None:
     guest.installer.raw(0, 200, contents(0, 200), 0)
     guest.bits.set_all()

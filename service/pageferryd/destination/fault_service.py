@@ -53,7 +53,7 @@ class FaultServicer(fault_pb2_grpc.FaultServiceServicer):
         stream = FaultStream(door)
         writer = asyncio.create_task(stream.write_to(context))
         desk = session.placer.desk
-        desk.connect(stream.deliver)
+        desk.connect(stream.deliver, stream.unread)
         try:
             while isinstance(request := await context.read(), fault_pb2.ResolveFaultsRequest):
                 stream.take(request)

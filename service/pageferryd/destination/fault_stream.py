@@ -45,6 +45,10 @@ class FaultStream:
         # Single pages that are waited for, by the token of the first fault on each.
         self._tokens: dict[int, int] = {}
 
+    def unread(self) -> int:
+        """Return how many resolutions wait to be sent."""
+        return len(self._unsent)
+
     async def room(self, most: int) -> None:
         """Wait until no more than `most` resolutions wait to be sent."""
         while len(self._unsent) > most:

@@ -66,6 +66,7 @@ class ImportDesk:
         self._pages: dict[int, _Delivered] = {}
         self._bytes = 0
         self._send: Callable[[Delivery], None] | None = None
+        self._unread: Callable[[], int] = lambda: 0
         self._failures = 0.0
 
     def __contains__(self, page: int) -> bool:
@@ -80,7 +81,9 @@ class ImportDesk:
     def has_room(self, pages: int, *, urgent: bool = False) -> bool:
         """Whether so many pages more may be delivered; those that the guest waits for have as much room again."""
         times = 2 if urgent else 1
-        return len(self._pages) + pages <= times * MAX_UNREPORTED_PAGES and self._bytes < times * MAX_UNREPORTED_BYTES
+        most = times * MAX_UNREPORTED_PAGES
+        # A VMM may report what it has not read.
+        return len(self._pages) + pages <= most > self._unread() and self._bytes < times * MAX_UNREPORTED_BYTES
 
     def deliver(self, run: Run, data: bytes, offset: int, lane: Lane) -> int:
         """Take private pages for the VMM; return how many of them it has been given before."""
@@ -123,16 +126,19 @@ class ImportDesk:
             return [page for page in self._pages if first <= page < first + pages]
         return [page for page in range(first, first + pages) if page in self._pages]
 
-    def connect(self, send: Callable[[Delivery], None]) -> None:
-        """Deliver to this stream from now on, beginning with everything that was not reported."""
-        self._send = send
+    def connect(self, send: Callable[[Delivery], None], unread: Callable[[], int] = lambda: 0) -> None:
+        """Deliver to this stream from now on, beginning with everything that was not reported.
+
+        `unread` tells how much of what it was sent the VMM has left unread.
+        """
+        self._send, self._unread = send, unread
         for delivery in {id(one.delivery): one.delivery for one in self._pages.values()}.values():
             send(delivery)
 
     def disconnect(self, send: Callable[[Delivery], None]) -> None:
         """The stream has ended, unless another one took its place."""
         if self._send == send:
-            self._send = None
+            self._send, self._unread = None, lambda: 0
 
     def report(self, first: int, pages: int, end: ImportEnd) -> None:
         """Take the VMM's word. FerryError(VMM_FAILED) when too many failed."""

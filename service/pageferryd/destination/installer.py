@@ -44,6 +44,9 @@ class Installer(Protocol):
     def let_through(self, first: int, pages: int) -> None:
         """Let accesses to pages through that the VMM has placed itself, as it does private ones."""
 
+    def given_away(self, first: int, pages: int) -> None:
+        """The guest gave pages away, or converts them: what may be in place of them must not be seen again."""
+
     def wake(self, first: int, pages: int) -> None:
         """Wake who waits for pages that are in place."""
 

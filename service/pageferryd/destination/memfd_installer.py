@@ -88,6 +88,11 @@ class MemfdInstaller:
         """Clear the bits, which vCPUs' private accesses exit for, too."""
         self._bitmap.clear(first, pages)
 
+    def given_away(self, first: int, pages: int) -> None:
+        """Make them holes of the file, unless a userfaultfd told of it: then the kernel has."""
+        if self._uffd is None:
+            self._memory.punch(first * PAGE_SIZE, pages * PAGE_SIZE)
+
     def wake(self, first: int, pages: int) -> None:
         """Wake who waits through the VMM's own mapping."""
         if self._uffd is not None:

@@ -318,6 +318,7 @@ class Placer:
 
     def dropped(self, first: int, pages: int) -> None:
         """The guest gave pages away, or converts them: what is staged or delivered of them is worthless."""
+        self._installer.given_away(first, pages)
         self.desk.drop(first, pages)
         self.exports.drop(first, pages)
         self.private.remove(first, pages)

@@ -93,6 +93,9 @@ class UffdInstaller:
     def let_through(self, first: int, pages: int) -> None:
         """Nothing: private pages are not in the mapping that the userfaultfd guards."""
 
+    def given_away(self, first: int, pages: int) -> None:
+        """Nothing: the kernel told of it because it has dropped them."""
+
     def wake(self, first: int, pages: int) -> None:
         """Wake who waits."""
         for address, count in self._addresses.spans(first, pages):
