@@ -3,7 +3,7 @@
 Its memory is a shared memfd in either case. With `--door uffd` a userfaultfd goes to the pager, and a fault is a touch
 of the mapping. With `--door exit` the memfd and a userfault bitmap go there, and a fault is what a VMM does at a vCPU's
 exit: look at the bitmap, forward the fault where the page's bit is set, then read the page. Faults go to the
-FaultService; with `--door json` as JSON over the hand-off's socket.
+pager as JSON over the hand-off's connection, as FaultForwarder does where it can; with `--door grpc` to FaultService.
 
 One JSON object a line on stdout, one command a line on stdin: `touch COUNT THREADS` touches COUNT random pages that are
 missing, or as many as there still are, and answers with the microseconds of each and the seconds of all.
@@ -28,7 +28,6 @@ from typing import Protocol
 # Read when gRPC is first imported: see pageferry.vmm.faults.
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 
-from json_exits import JsonForwarder  # noqa: E402
 from toucher import PAGE, Toucher  # noqa: E402
 
 from pageferry.errors import FerryError, Reason  # noqa: E402
@@ -78,7 +77,7 @@ class UffdDoor:
 class ExitDoor:
     """Each access looks at the bitmap first."""
 
-    def __init__(self, bitmap: UserfaultBitmap, forwarder: FaultForwarder | JsonForwarder) -> None:
+    def __init__(self, bitmap: UserfaultBitmap, forwarder: FaultForwarder) -> None:
         self._bitmap = bitmap
         self._forwarder = forwarder
 
@@ -125,8 +124,10 @@ class DoorGuest(Toucher):
         address = self.memory.address // self._page_size * self._page_size
         regions = [HandoffRegion(address, self.memory.size, 0, self._page_size, gpa_start=0)]
         connection = await asyncio.to_thread(send_handoff, socket_path, [self.memory.memfd, bitmap.memfd], regions)
-        self.link = PagerLink(None, connection)
-        forwarder = FaultForwarder(self._endpoint) if self._kind == "exit" else JsonForwarder(connection)
+        self.link = PagerLink(None, connection, regions)
+        forwarder = FaultForwarder(self._endpoint)
+        if self._kind == "exit":
+            self.link.forward_through(forwarder)
         self.door = ExitDoor(bitmap, forwarder)
 
     async def detach_pager(self) -> None:
@@ -223,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--memory", type=int, required=True, help="MiB")
-    parser.add_argument("--door", choices=("uffd", "exit", "json"), required=True)
+    parser.add_argument("--door", choices=("uffd", "exit", "grpc"), required=True)
     parser.add_argument("--page-size", type=int, default=PAGE, help="what the memory is said to be backed with, bytes")
     parser.add_argument("--every", type=int, default=1, help="only every n-th page is written, and touched")
     parser.add_argument("--incoming", action="store_true")

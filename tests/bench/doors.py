@@ -25,8 +25,8 @@ from pageferry.errors import Reason
 from pageferry.v1 import migration_pb2 as pb
 
 GUEST = str(Path(__file__).with_name("door_guest.py"))
-DOORS = ("uffd", "exit", "json")
-"""The exit door is there twice: through the FaultService, and as JSON on the hand-off's socket."""
+DOORS = ("uffd", "exit", "grpc")
+"""The exit door is there twice: over the hand-off's connection, and through FaultService alone."""
 THREADS = (1, 2, 4, 8)
 ALONE = pb.Limits(push_disabled=True)
 PAGE = 4096
@@ -239,8 +239,8 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         "memory_mib": options.memory,
         "ratio_p50_1": ratios["exit"]["p50_1"],
         "ratio_faults_8": ratios["exit"]["faults_8"],
-        "json_ratio_p50_1": ratios["json"]["p50_1"],
-        "json_ratio_faults_8": ratios["json"]["faults_8"],
+        "grpc_ratio_p50_1": ratios["grpc"]["p50_1"],
+        "grpc_ratio_faults_8": ratios["grpc"]["faults_8"],
         **result,
     }
 
@@ -260,7 +260,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{door} at one thread, mean us: {means}")
         small, end = (result[key][door] for key in ("vmpte_small_kib", "vmpte_kib"))
         lines.append(f"{door} page tables: {small} KiB while faults come, {end} KiB at the end")
-    for door, prefix in (("exit", ""), ("json", "json_")):
+    for door, prefix in (("exit", ""), ("grpc", "grpc_")):
         p50, faults = (result[f"{prefix}ratio_{what}"] for what in ("p50_1", "faults_8"))
         lines.append(f"{door} / uffd: p50 at one thread {p50}, faults a second at 8 {faults}")
     lines.append(f"1 GiB pages / 4 KiB pages behind the exit door: p50 {result['big_page_ratio']}")

@@ -1,14 +1,17 @@
-"""A pager of a few lines for memory that no userfaultfd watches: it answers the faults that a VMM forwards."""
+"""A pager of a few lines for memory that no userfaultfd watches: it answers faults that a VMM forwards, both ways."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fault_service import FaultService, installed
 from tiny_pager import PAGE, receive_handoff
@@ -27,7 +30,9 @@ class GuestMemfdPager:
         self.outcome: int | None = None
         """Answer every fault so, and install nothing."""
         self._read_page: Callable[[int], bytes] | None = None
-        self._waiting: list[pb.ResolveFaultsRequest] = []
+        self.by_handoff = 0
+        """Faults that came on the hand-off's connection."""
+        self._waiting: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(self.path)
@@ -48,8 +53,8 @@ class GuestMemfdPager:
         with self._lock:
             self._read_page = read_page
             waiting, self._waiting = self._waiting, []
-        for request in waiting:
-            self.service.send(self._resolve(request))
+        for answer in waiting:
+            answer()
 
     def push(self, first: int, end: int) -> None:
         """Install pages that nobody asked for."""
@@ -62,6 +67,9 @@ class GuestMemfdPager:
 
     def close(self) -> None:
         self._listener.close()
+        if self._attached.is_set():
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
         self._thread.join(30)
         self.service.stop()
         if self._attached.is_set():
@@ -84,21 +92,60 @@ class GuestMemfdPager:
         for fd in descriptors:
             os.close(fd)
         self._attached.set()
+        # Reset when the VMM ends with an answer unread.
+        with contextlib.suppress(ConnectionError):
+            self._take_faults()
+
+    def _take_faults(self) -> None:
+        decoder, text = json.JSONDecoder(), ""
+        while data := self._connection.recv(65536):
+            text += data.decode()
+            while text:
+                fault, end = decoder.raw_decode(text)
+                text = text[end:]
+                self.by_handoff += 1
+                answer = partial(self._reply, fault)
+                if self._may_answer(answer):
+                    answer()
+
+    def _reply(self, fault: dict[str, Any]) -> None:
+        page = fault["offset"] // PAGE
+        outcome = self._settle(page, page + 1)
+        if outcome == pb.OUTCOME_REFUSED:
+            # No word for it here: the service has it.
+            self._connection.shutdown(socket.SHUT_WR)
+            return
+        reply = {"vcpu": fault["vcpu"], "token": fault["token"], "offset": fault["offset"], "len": PAGE}
+        reply |= {"flags": fault["flags"], "zero": outcome == pb.OUTCOME_ZERO}
+        if outcome == pb.OUTCOME_POISONED:
+            assert fault["poison"]
+            reply["poisoned"] = True
+        self._connection.send(json.dumps(reply).encode())
+
+    def _may_answer(self, answer: Callable[[], None]) -> bool:
+        """Keep the answer for later where it is not known yet."""
+        with self._lock:
+            known = self._read_page is not None or self.outcome is not None
+            if not known:
+                self._waiting.append(answer)
+        return known
 
     def _answer(self, request: pb.ResolveFaultsRequest) -> pb.ResolveFaultsResponse | None:
-        with self._lock:
-            if self._read_page is None and self.outcome is None:
-                self._waiting.append(request)
-                return None
+        if not self._may_answer(lambda: self.service.send(self._resolve(request))):
+            return None
         return self._resolve(request)
 
     def _resolve(self, request: pb.ResolveFaultsRequest) -> pb.ResolveFaultsResponse:
         first = request.guest_address // PAGE
-        self.faulted.extend(range(first, first + request.size // PAGE))
+        return installed(request, self._settle(first, first + request.size // PAGE))
+
+    def _settle(self, first: int, end: int) -> int:
+        """Install the pages, unless all faults get one outcome; return the outcome."""
+        self.faulted.extend(range(first, end))
         if self.outcome is not None:
-            return installed(request, self.outcome)
-        self.push(first, first + request.size // PAGE)
-        return installed(request)
+            return self.outcome
+        self.push(first, end)
+        return pb.OUTCOME_INSTALLED
 
     def _install(self, page: int) -> None:
         assert self._attached.wait(20)

@@ -160,6 +160,7 @@ NONSENSE = {
     "an offset beyond 64 bits": b'{"vcpu":0,"offset":18446744073709551616,"flags":0}',
     "a vCPU beyond 32 bits": b'{"vcpu":4294967296,"offset":0,"flags":0}',
     "a token that is no number": b'{"vcpu":0,"offset":0,"flags":0,"token":"' + b"x" * 3000 + b'"}',
+    "a poison that is a number": b'{"vcpu":0,"offset":0,"flags":0,"poison":1}',
     "a number without an end": b'{"vcpu":' + b"9" * 5000,
     "an object without an end": b'{"vcpu":0,"x":"' + b"y" * 5000,
     "objects without an end": b'{"a":' * 20_000,
@@ -179,7 +180,40 @@ async def test_what_cannot_be_a_fault_ends_the_listening_and_nothing_else(line: 
     assert not line.door._waiting
 
 
-async def test_a_poisoned_page_gets_no_reply(line: Line) -> None:
+async def test_a_vmm_whose_fault_is_refused_sees_the_end_of_the_answers(line: Line) -> None:
+    await line.send(request(3))
+    await line.session.until(1)
+    line.door.settled(3, 1, Settled.INSTALLED)
+    await line.send(request(64))
+    await line.closed()
+    # What was settled before that is told yet.
+    assert await line.replies(1) == reply(3)
+    async with asyncio.timeout(DEADLINE):
+        assert await asyncio.get_running_loop().sock_recv(line.vmm, 1) == b""
+
+
+async def test_answers_of_one_turn_of_the_loop_are_sent_together(line: Line) -> None:
+    await line.send(b"".join(request(page) for page in range(64)))
+    await line.session.until(64)
+    line.door.settled(0, 32, Settled.INSTALLED)
+    line.door.settled(32, 32, Settled.ZERO)
+    # Nothing has gone out within the turn.
+    with pytest.raises(BlockingIOError):
+        line.vmm.recv(1)
+    assert (await line.replies(64)).count(b'"zero":true') == 32
+
+
+async def test_a_poisoned_page_is_told_to_a_vmm_that_asks_for_it(line: Line) -> None:
+    await line.send(b'{"vcpu":3,"offset":4096,"flags":0,"token":7,"poison":true}')
+    await line.send(b'{"vcpu":3,"offset":8192,"flags":0,"token":8,"poison":true}')
+    await line.session.until(2)
+    line.door.settled(1, 1, Settled.POISONED)
+    line.door.settled(2, 1, Settled.INSTALLED)
+    poisoned = b'{"vcpu":3,"token":7,"offset":4096,"len":4096,"flags":0,"zero":false,"poisoned":true}'
+    assert await line.replies(2) == poisoned + reply(2, 3, 0, 8)
+
+
+async def test_a_poisoned_page_gets_no_reply_without_that_word(line: Line) -> None:
     await line.send(request(1) + request(2))
     await line.session.until(2)
     line.door.settled(1, 1, Settled.POISONED)

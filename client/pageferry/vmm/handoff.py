@@ -8,6 +8,7 @@ the socket stays open until the guest no longer needs the pager.
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import os
 import socket
@@ -20,6 +21,7 @@ from pageferry.errors import FerryError, Reason
 
 if TYPE_CHECKING:
     from pageferry.vmm.bitmap import UserfaultBitmap
+    from pageferry.vmm.faults import FaultForwarder
     from pageferry.vmm.guest_memfd import GuestMemfd
     from pageferry.vmm.memory import GuestMemory
 
@@ -113,9 +115,10 @@ def _timeval(seconds: float) -> bytes:
 class PagerLink:
     """What an incoming VMM holds while a pager serves it: the socket, and its own copy of the userfaultfd if any."""
 
-    def __init__(self, uffd: int | None, connection: socket.socket) -> None:
+    def __init__(self, uffd: int | None, connection: socket.socket, regions: Sequence[HandoffRegion] = ()) -> None:
         self._uffd = uffd
         self._connection = connection
+        self._regions = regions
 
     @classmethod
     def open(
@@ -144,7 +147,7 @@ class PagerLink:
         except BaseException:
             memory.release_userfault(uffd)
             raise
-        return cls(uffd, connection)
+        return cls(uffd, connection, regions)
 
     @classmethod
     def open_without_userfault(
@@ -162,11 +165,21 @@ class PagerLink:
         `send_handoff` does; may be tried again after an error.
         """
         regions = memory.handoff_regions(guest_address)
-        return cls(None, send_handoff(socket_path, [memory.memfd, bitmap.memfd], regions, timeout))
+        return cls(None, send_handoff(socket_path, [memory.memfd, bitmap.memfd], regions, timeout), regions)
+
+    def forward_through(self, forwarder: FaultForwarder) -> None:
+        """Let `forwarder` send faults over this link's connection where it can, which takes the least time.
+
+        Close the forwarder before this.
+        """
+        forwarder.use_handoff(self._connection, self._regions)
 
     def close(self) -> None:
         """Let both go: only after the pager said that every page is installed. A second call does nothing."""
         if self._uffd is not None:
             os.close(self._uffd)
             self._uffd = None
+        # A thread that still waits for an answer would not notice the close alone.
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()

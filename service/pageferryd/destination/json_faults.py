@@ -2,24 +2,27 @@
 
 Objects stand back to back without a delimiter. A request is `{"vcpu", "offset", "flags", "token"}`, where `offset` is
 in the flat space of all regions, in bytes; its reply is `{"vcpu", "token", "offset", "len", "flags", "zero"}`, with
-vcpu, token and flags as they came.
+vcpu, token and flags as they came. Ours beside these: a request with `"poison": true` is answered for a page that the
+source could not read as well, with `"poisoned": true` in the reply.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from pageferry.errors import FerryError, Reason
+from pageferryd.core.errors import CoreError
 from pageferryd.core.layout import PAGE_SIZE
 from pageferryd.destination.door import Settled
 
 if TYPE_CHECKING:
-    import socket
-
     from pageferryd.core.layout import Layout
     from pageferryd.destination.exit_door import ExitDoor
 
@@ -31,6 +34,13 @@ MAX_UNSENT = 1 << 20
 """Bytes of replies that a VMM may leave unread before it is no longer listened to."""
 _MAX_U32 = (1 << 32) - 1
 _MAX_U64 = (1 << 64) - 1
+_REPLY = '{"vcpu":%d,"token":%s,"offset":%d,"len":%d,"flags":%d,"zero":'
+_ENDS = {
+    Settled.INSTALLED: "false}",
+    Settled.ZERO: "true}",
+    Settled.PRESENT: "false}",
+    Settled.POISONED: 'false,"poisoned":true}',
+}
 
 
 class JsonFaults:
@@ -43,6 +53,7 @@ class JsonFaults:
         self._decoder = json.JSONDecoder()
         self._text = ""
         self._unsent = bytearray()
+        self._sends_later = self._waits_for_room = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def open(self) -> None:
@@ -51,11 +62,20 @@ class JsonFaults:
         self._loop.add_reader(self._connection.fileno(), self._readable)
 
     def close(self) -> None:
-        """Stop listening; the connection stays open. Twice does nothing."""
+        """Stop listening, once what can be sent has been; the connection stays open. Twice does nothing."""
         if self._loop is not None:
+            with contextlib.suppress(OSError):
+                self._connection.send(self._unsent)
             self._loop.remove_reader(self._connection.fileno())
             self._loop.remove_writer(self._connection.fileno())
             self._loop = None
+
+    def _give_up(self, event: str, **details: object) -> None:
+        """Stop listening and end this direction of the connection: the VMM sees that no answers come any more."""
+        _log.warning(event, **details)
+        self.close()
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_WR)
 
     def _readable(self) -> None:
         try:
@@ -67,9 +87,8 @@ class JsonFaults:
             self._take_requests()
         except BlockingIOError:
             return
-        except (OSError, ValueError, RecursionError, FerryError) as error:
-            _log.warning("vmm_fault_refused", detail=str(error))
-            self.close()
+        except (OSError, ValueError, RecursionError, FerryError, CoreError) as error:
+            self._give_up("vmm_fault_refused", detail=str(error))
 
     def _take_requests(self) -> None:
         text, at = self._text, 0
@@ -91,21 +110,30 @@ class JsonFaults:
         self._text = text[at:]
 
     def _take(self, request: dict[str, Any]) -> None:
-        offset, flags = (_number(request, name, _MAX_U64) for name in ("offset", "flags"))
         vcpu = _number(request, "vcpu", _MAX_U32)
-        token = None if request.get("token") is None else _number(request, "token", _MAX_U32)
+        offset = _number(request, "offset", _MAX_U64)
+        flags = _number(request, "flags", _MAX_U64)
+        token = "null" if request.get("token") is None else _number(request, "token", _MAX_U32)
+        poison = request.get("poison", False)
+        if poison is not True and poison is not False:
+            raise FerryError(Reason.INVALID_ARGUMENT, "a fault on the hand-off's socket has no usable poison")
         page = offset // PAGE_SIZE
         if page >= self._layout.page_count:
             raise FerryError(Reason.PAGE_OUT_OF_RANGE, f"a fault at offset {offset:#x} is outside the guest's memory")
-        reply = {"vcpu": vcpu, "token": token, "offset": page * PAGE_SIZE, "len": PAGE_SIZE, "flags": flags}
-        self._door.fault(page, 1, lambda how: self._answer(reply, how))
+        reply = _REPLY % (vcpu, token, page * PAGE_SIZE, PAGE_SIZE, flags)
+        self._door.fault(page, 1, partial(self._answer, reply, poison))
 
-    def _answer(self, reply: dict[str, Any], how: Settled) -> None:
-        if self._loop is None or how is Settled.POISONED:
-            # This wire knows no memory error: a guest that waits is better than one that reads what is not its own.
+    def _answer(self, reply: str, poison: bool, how: Settled) -> None:
+        if self._loop is None or (how is Settled.POISONED and not poison):
+            # Without the word for it: a guest that waits is better than one that reads what is not its own.
             return
-        self._unsent += json.dumps(reply | {"zero": how is Settled.ZERO}, separators=(",", ":")).encode()
-        self._send()
+        self._unsent += (reply + _ENDS[how]).encode()
+        if len(self._unsent) > MAX_UNSENT:
+            self._give_up("vmm_reads_no_answers", unsent=len(self._unsent))
+        elif not self._sends_later:
+            # What else is answered in this turn of the loop goes along.
+            self._sends_later = True
+            self._loop.call_soon(self._send)
 
     def _send(self) -> None:
         if self._loop is None:
@@ -116,20 +144,17 @@ class JsonFaults:
         except BlockingIOError:
             pass
         except OSError as error:
-            _log.warning("vmm_unreachable", detail=str(error))
-            self.close()
+            self._give_up("vmm_unreachable", detail=str(error))
             return
-        if len(self._unsent) > MAX_UNSENT:
-            _log.warning("vmm_reads_no_answers", unsent=len(self._unsent))
-            self.close()
-        elif self._unsent:
+        if self._unsent and not self._waits_for_room:
             self._loop.add_writer(self._connection.fileno(), self._send)
-        else:
+        elif self._waits_for_room and not self._unsent:
             self._loop.remove_writer(self._connection.fileno())
+        self._sends_later = self._waits_for_room = bool(self._unsent)
 
 
 def _number(request: dict[str, Any], name: str, largest: int) -> int:
     value = request.get(name)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= largest:
+    if type(value) is int and 0 <= value <= largest:
         return value
     raise FerryError(Reason.INVALID_ARGUMENT, f"a fault on the hand-off's socket has no usable {name}")

@@ -9,7 +9,8 @@ is brought in beforehand. Which of the two it is, KVM decides by taking or refus
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from pageferry.abi import kvm as abi
@@ -114,8 +115,8 @@ class AbsentPages:
     def _resolve(self, address: int, size: int, access: Access, *, private: bool = False, exit_flags: int = 0) -> None:
         """Wait for one fault of the vCPU to be resolved."""
         began = time.monotonic()
-        waiting = self._forwarder.submit(_VCPU, address, size, access, private=private, exit_flags=exit_flags)
-        self._settle_one(waiting, address, size)
+        ask = partial(self._forwarder.resolve, _VCPU, address, size, access, private=private, exit_flags=exit_flags)
+        self._settle_one(ask, address, size)
         self.faults += 1
         self.longest_stall = max(self.longest_stall, time.monotonic() - began)
 
@@ -128,12 +129,12 @@ class AbsentPages:
                 address, size = low * PAGE_SIZE, (high - low) * PAGE_SIZE
                 waiting.append((self._forwarder.submit(_VCPU, address, size, Access.READ), address, size))
         for future, address, size in waiting:
-            self._settle_one(future, address, size)
+            self._settle_one(future.result, address, size)
 
-    def _settle_one(self, waiting: Future[Resolution], address: int, size: int) -> None:
+    def _settle_one(self, wait: Callable[[], Resolution], address: int, size: int) -> None:
         pages = range(address // PAGE_SIZE, (address + size) // PAGE_SIZE)
         try:
-            resolution = waiting.result()
+            resolution = wait()
         except FerryError:
             # The pages may have come ahead of an answer that is lost: the bitmap knows.
             if any(map(self._bitmap.is_set, pages)):

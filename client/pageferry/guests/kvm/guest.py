@@ -112,7 +112,9 @@ class KvmGuest(Vmm):
         except BaseException:
             bitmap.close()
             raise
-        self._absent = AbsentPages(self._machine.vm, memory, bitmap, FaultForwarder(self._endpoint))
+        forwarder = FaultForwarder(self._endpoint)
+        link.forward_through(forwarder)
+        self._absent = AbsentPages(self._machine.vm, memory, bitmap, forwarder)
         self._vcpu.absent = self._absent
         return link
 
