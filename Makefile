@@ -23,7 +23,7 @@ test: .venv/dev.stamp system-packages ## Run the whole test suite (ARGS="tests/c
 
 .PHONY: lint
 lint: .venv/dev.stamp system-packages ## Check style, types, the protobuf contract, its stubs and the alert rules
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint

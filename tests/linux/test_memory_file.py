@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from made_guest_memfd import MMAP, guest_memfd
 
+from made_guest_memfd import MMAP, guest_memfd
 from pageferry.errors import FerryError, Reason
 from pageferryd.linux import memory_file
 from pageferryd.linux.memory_file import MemoryFile, forbid_shrinking, is_guest_memfd, is_huge, is_memfd
