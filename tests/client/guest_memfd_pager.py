@@ -6,6 +6,7 @@ import contextlib
 import json
 import mmap
 import os
+import queue
 import socket
 import threading
 from collections.abc import Callable
@@ -32,6 +33,8 @@ class GuestMemfdPager:
         self._read_page: Callable[[int], bytes] | None = None
         self.by_handoff = 0
         """Faults that came on the hand-off's connection."""
+        self.unanswered: queue.SimpleQueue[int] | None = None
+        """Where offsets of faults on the connection go instead of being answered, when there is such a place."""
         self._waiting: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX)
@@ -93,7 +96,7 @@ class GuestMemfdPager:
             os.close(fd)
         self._attached.set()
         # Reset when the VMM ends with an answer unread.
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             self._take_faults()
 
     def _take_faults(self) -> None:
@@ -104,6 +107,9 @@ class GuestMemfdPager:
                 fault, end = decoder.raw_decode(text)
                 text = text[end:]
                 self.by_handoff += 1
+                if self.unanswered is not None:
+                    self.unanswered.put(fault["offset"])
+                    continue
                 answer = partial(self._reply, fault)
                 if self._may_answer(answer):
                     answer()
@@ -120,7 +126,9 @@ class GuestMemfdPager:
         if outcome == pb.OUTCOME_POISONED:
             assert fault["poison"]
             reply["poisoned"] = True
-        self._connection.send(json.dumps(reply).encode())
+        with contextlib.suppress(OSError):
+            # The VMM may have ended, or asked the service meanwhile.
+            self._connection.send(json.dumps(reply).encode())
 
     def _may_answer(self, answer: Callable[[], None]) -> bool:
         """Keep the answer for later where it is not known yet."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import queue
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -97,9 +98,9 @@ async def test_a_guest_on_guest_memfd_can_be_closed_while_its_vcpu_waits_for_a_p
         await target.attach_pager(pager.path)
         await target.load_state(state)
         before = len(pager.faulted)
-        pager.service.answer = lambda request: None
+        unanswered = pager.unanswered = queue.SimpleQueue()
         await target.resume()
-        while pager.service.fault().guest_address < Layout.of(MIB).data_address:
+        while unanswered.get(timeout=20) < Layout.of(MIB).data_address:
             pass
 
         with pytest.raises(FerryError) as failed:

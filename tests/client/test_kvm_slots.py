@@ -88,6 +88,11 @@ class Pager:
             future.set_result(outcome)
         return future
 
+    def resolve(
+        self, vcpu: int, address: int, size: int, access: Access, *, private: bool = False, exit_flags: int = 0
+    ) -> Resolution:
+        return self.submit(vcpu, address, size, access, private=private, exit_flags=exit_flags).result()
+
     def install(self, address: int, size: int) -> Resolution:
         for page in range(address // PAGE, (address + size) // PAGE):
             self.guest.memory.write(page * PAGE, page.to_bytes(8, "little") * 512)
