@@ -17,13 +17,12 @@ from pageferryd.config import Limits, Settings
 from pageferryd.control.incoming import Incoming, Surroundings
 from pageferryd.control.record import MigrationRecord
 from pageferryd.control.registry import GuestRegistry
-from pageferryd.control.view import layout_to_proto
 from pageferryd.core.errors import IllegalTransitionError
 from pageferryd.core.layout import PAGE_SIZE, Layout
 from pageferryd.core.lifecycle import State
 from pageferryd.server import GrpcServer
 from pageferryd.source.memory import SourceMemory
-from pageferryd.source.page_service import PageService
+from pageferryd.source.page_service import PageService, layout_to_proto
 from pageferryd.source.served import Served
 from pageferryd.vmm.driver import Activity
 

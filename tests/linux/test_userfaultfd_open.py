@@ -10,10 +10,10 @@ from collections.abc import Callable
 import pytest
 from watched import EVENTS, Watched
 
+from pageferry import userfaultfd
 from pageferry.abi import userfaultfd as abi
 from pageferry.errors import FerryError, Reason
-from pageferryd.linux import features
-from pageferryd.linux.features import feature_names, new_userfaultfd, offered_features
+from pageferry.userfaultfd import feature_names, new_userfaultfd, offered_features
 from pageferryd.linux.userfaultfd import Userfaultfd
 
 pytestmark = pytest.mark.userfaultfd
@@ -24,7 +24,7 @@ UNKNOWN_FEATURE = 1 << 40
 @pytest.fixture(params=["device", "system call"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "system call":
-        monkeypatch.setattr(features, "DEVICE", "/dev/there-is-no-such-device")
+        monkeypatch.setattr(userfaultfd, "DEVICE", "/dev/there-is-no-such-device")
 
 
 @pytest.mark.root
@@ -54,8 +54,8 @@ def test_features_have_their_names() -> None:
 
 
 def test_without_permission_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "DEVICE", "/dev/there-is-no-such-device")
-    monkeypatch.setattr(features, "_syscall", refusing(1))
+    monkeypatch.setattr(userfaultfd, "DEVICE", "/dev/there-is-no-such-device")
+    monkeypatch.setattr(userfaultfd, "_syscall", refusing(1))
 
     with pytest.raises(FerryError, match="CAP_SYS_PTRACE") as refused:
         Userfaultfd.open()
@@ -63,8 +63,8 @@ def test_without_permission_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_without_userfaultfd_in_the_kernel_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "DEVICE", "/dev/there-is-no-such-device")
-    monkeypatch.setattr(features, "_syscall", refusing(38))
+    monkeypatch.setattr(userfaultfd, "DEVICE", "/dev/there-is-no-such-device")
+    monkeypatch.setattr(userfaultfd, "_syscall", refusing(38))
 
     with pytest.raises(FerryError, match="CONFIG_USERFAULTFD") as refused:
         offered_features()
@@ -73,7 +73,7 @@ def test_without_userfaultfd_in_the_kernel_that_is_said(monkeypatch: pytest.Monk
 
 def refusing(number: int) -> Callable[[int, int], int]:
     def refuse(_call: int, _flags: int) -> int:
-        features.ctypes.set_errno(number)
+        userfaultfd.ctypes.set_errno(number)
         return -1
 
     return refuse

@@ -24,7 +24,7 @@ def exporter(driver: VmmDriver, layout: Layout) -> Callable[[Sequence[int]], Awa
     """Return what exports pages by number. It raises FerryError(VMM_FAILED) for bundles that cannot be."""
 
     async def export(pages: Sequence[int]) -> Sequence[page_pb2.PageBundle]:
-        bundles = await driver.export_pages([_address_of(layout, page) for page in pages])
+        bundles = await driver.export_pages([layout.guest_address_of(page) for page in pages])
         converted = [_converted(layout, bundle) for bundle in bundles]
         lacking = set(pages).difference(*(bundle.pages for bundle in converted))
         if lacking:
@@ -34,11 +34,6 @@ def exporter(driver: VmmDriver, layout: Layout) -> Callable[[Sequence[int]], Awa
         return converted
 
     return export
-
-
-def _address_of(layout: Layout, page: int) -> int:
-    region = layout.region_of(page)
-    return layout.regions[region].guest_address + (page - layout.starts[region]) * PAGE_SIZE
 
 
 def _converted(layout: Layout, bundle: vmm_pb2.GuestPageBundle) -> page_pb2.PageBundle:

@@ -14,10 +14,11 @@ from pageferry.v1 import incoming_pb2, migration_pb2
 from pageferryd.control.exporting import exporter
 from pageferryd.control.following import Following
 from pageferryd.control.peer import PROTOCOL_VERSION, Destination
-from pageferryd.control.view import layout_to_proto, migration_of
+from pageferryd.control.view import migration_of
 from pageferryd.core.errors import CoreError
 from pageferryd.core.lifecycle import State
 from pageferryd.source.memory import SourceMemory
+from pageferryd.source.page_service import layout_to_proto
 from pageferryd.source.served import TOKEN_BYTES, Served
 from pageferryd.vmm.driver import Activity, Description
 

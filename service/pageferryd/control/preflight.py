@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 from pageferry.abi import userfaultfd as abi
 from pageferry.errors import FerryError, Reason
+from pageferry.userfaultfd import DEVICE, feature_names, new_userfaultfd, offered_features
 from pageferry.v1 import migration_pb2
-from pageferryd.linux.features import DEVICE, feature_names, new_userfaultfd, offered_features
 from pageferryd.linux.pidfd import PidFd
 
 if TYPE_CHECKING:

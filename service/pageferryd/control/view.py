@@ -111,15 +111,6 @@ def add_session(message: migration_pb2.Migration, session: Session, rate: float)
     )
 
 
-def layout_to_proto(layout: Layout) -> memory_pb2.MemoryLayout:
-    """Return a layout as a message."""
-    regions = [
-        memory_pb2.MemoryRegion(guest_address=region.guest_address, size=region.size, page_size=region.page_size)
-        for region in layout.regions
-    ]
-    return memory_pb2.MemoryLayout(regions=regions)
-
-
 def layout_of(message: memory_pb2.MemoryLayout) -> Layout:
     """Return a message as a layout. Raises LayoutError."""
     return Layout([Region(region.guest_address, region.size, region.page_size) for region in message.regions])

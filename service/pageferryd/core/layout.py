@@ -97,6 +97,11 @@ class Layout:
                 return start + offset // PAGE_SIZE, size // PAGE_SIZE
         raise PageRangeError(f"{size} bytes at {guest_address:#x} are not whole pages within one region of the guest")
 
+    def guest_address_of(self, page: int) -> int:
+        """Return the guest-physical address of a page's first byte."""
+        region = self.region_of(page)
+        return self.regions[region].guest_address + (page - self.starts[region]) * PAGE_SIZE
+
     def pieces(self, first: int, count: int) -> Iterator[Piece]:
         """Cut a run at the borders of regions."""
         self.check(first, count)

@@ -102,7 +102,7 @@ class FaultStream:
             # Answered with the page; others that wait for it are when it was imported.
             self._waiting.pop(token, _nothing)()
             self._forget(token, page)
-        addresses = [self._address_of(one) for one in delivery.pages]
+        addresses = [self._door.layout.guest_address_of(one) for one in delivery.pages]
         self._put(
             fault_pb2.ResolveFaultsResponse(
                 token=token,
@@ -117,11 +117,6 @@ class FaultStream:
                 epoch=delivery.epoch,
             )
         )
-
-    def _address_of(self, page: int) -> int:
-        layout = self._door.layout
-        region = layout.region_of(page)
-        return layout.regions[region].guest_address + (page - layout.starts[region]) * PAGE_SIZE
 
     @staticmethod
     def _resolution(

@@ -6,7 +6,6 @@ order; without a userfaultfd the other two.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pageferry.errors import FerryError, Reason
@@ -17,7 +16,7 @@ from pageferryd.destination.uffd_door import UffdDoor
 from pageferryd.destination.uffd_installer import UffdInstaller
 from pageferryd.destination.userfault_bitmap import UserfaultBitmap
 from pageferryd.linux.memory_file import MemoryFile
-from pageferryd.linux.userfaultfd import Userfaultfd
+from pageferryd.linux.userfaultfd import Userfaultfd, is_userfaultfd
 
 if TYPE_CHECKING:
     import socket
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 MAX_FDS = 3
 _LARGEST_UFFD_PAGE = 512 << 20
-_USERFAULTFD = "anon_inode:[userfaultfd]"
 
 
 class Handoff(NamedTuple):
@@ -81,7 +79,7 @@ def assemble(fds: list[int], addresses: AddressMap, connection: socket.socket) -
     FerryError: HANDOFF_NO_FD where they are none of the forms, HANDOFF_REGIONS where they do not fit the guest.
     """
     layout = addresses.layout
-    guards = [fd for fd in fds if _is_userfaultfd(fd)]
+    guards = [fd for fd in fds if is_userfaultfd(fd)]
     files = [fd for fd in fds if fd not in guards]
     if len(guards) > 1 or len(files) not in (0, 2) or not fds:
         raise FerryError(
@@ -115,10 +113,6 @@ def _own(fds: list[int], fd: int, make: Callable[[int], _Owner], owned: list[Any
     fds.remove(fd)
     owned.append(owner)
     return owner
-
-
-def _is_userfaultfd(fd: int) -> bool:
-    return str(Path(f"/proc/self/fd/{fd}").readlink()) == _USERFAULTFD
 
 
 def _refuse_giant_pages(layout: Layout) -> None:

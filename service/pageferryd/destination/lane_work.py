@@ -122,7 +122,7 @@ class LaneWork:
             except CoreError as error:
                 raise _misbehaviour(error) from error
             self._push_due.set()
-            with self._failures():
+            with self.failures():
                 for _ in self._placer.slices(batch, Lane.PUSH):
                     await asyncio.sleep(0)
                     if self._placer.desk.full:
@@ -143,7 +143,7 @@ class LaneWork:
                 )
 
     @contextlib.contextmanager
-    def _failures(self) -> Iterator[None]:
+    def failures(self) -> Iterator[None]:
         """Tell what fails at this host from what lanes bring, which may bear the same reasons."""
         try:
             yield

@@ -252,8 +252,7 @@ class Placer:
         else:
             ended = self._pager.installed(run, lane, now)
             self._arrivals.note(run.first, run.pages, lane)
-        if self._settled is not None:
-            self._settled(run.first, run.pages, _HOW[run.kind])
+        self._tell(run.first, run.pages, _HOW[run.kind])
         if ended:
             self._ended(ended)
 

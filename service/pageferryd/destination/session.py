@@ -21,7 +21,7 @@ from pageferryd.destination.lane_work import LaneWork
 from pageferryd.destination.placer import Placer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from pageferryd.core.demand import FaultTimes
     from pageferryd.core.layout import Layout
@@ -111,7 +111,7 @@ class Session:
 
     def report_import(self, first: int, pages: int, end: ImportEnd) -> None:
         """The VMM says how its import of delivered pages ended."""
-        with self._failures():
+        with self._work.failures():
             self.placer.desk.report(first, pages, end)
         # What could not be imported is missing again.
         self._work.push_may_be_due()
@@ -241,7 +241,7 @@ class Session:
 
     def _retry(self) -> None:
         self._retry_due = None
-        with contextlib.suppress(FerryError, CoreError, OSError), self._failures():
+        with contextlib.suppress(FerryError, CoreError, OSError), self._work.failures():
             self.placer.retry()
             self._after_install()
 
@@ -249,15 +249,6 @@ class Session:
         # A guest that has not begun to run may still go back.
         if self._work.push_started and self.pager.complete and not self.placer.behind and not self._finished.done():
             self._finished.set_result(None)
-
-    @contextlib.contextmanager
-    def _failures(self) -> Iterator[None]:
-        """Tell what fails at this host from what lanes bring, which may bear the same reasons."""
-        try:
-            yield
-        except (FerryError, CoreError, OSError) as error:
-            self.fail(error)
-            raise
 
     def fail(self, error: Exception) -> None:
         """Something at this host went wrong that no new connection repairs."""

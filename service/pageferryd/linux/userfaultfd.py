@@ -18,8 +18,8 @@ from typing import NoReturn, Self
 
 from pageferry.abi import userfaultfd as abi
 from pageferry.errors import FerryError, Reason
+from pageferry.userfaultfd import open_userfaultfd
 from pageferryd.core.layout import PAGE_SIZE
-from pageferryd.linux.features import open_userfaultfd
 from pageferryd.linux.userfault_events import Event, Fault, Fork, Remap, Remove, Unmap, parse_events
 
 __all__ = ["Event", "Fault", "Fork", "Outcome", "Remap", "Remove", "Unmap", "Userfaultfd"]
@@ -265,9 +265,18 @@ def _refuse_range(verb: str, error: OSError, address: int, length: int) -> NoRet
     raise FerryError(Reason.USERFAULTFD_REFUSED, what) from error
 
 
+def is_userfaultfd(fd: int) -> bool:
+    """Say whether an open descriptor is a userfaultfd."""
+    return _target(fd) == _LINK
+
+
+def _target(fd: int) -> str:
+    return str(Path(f"/proc/self/fd/{fd}").readlink())
+
+
 def _refuse_unless_userfaultfd(fd: int) -> None:
     try:
-        target = str(Path(f"/proc/self/fd/{fd}").readlink())
+        target = _target(fd)
     except OSError as error:
         raise FerryError(
             Reason.HANDOFF_NO_FD, f"file descriptor {fd} was handed over, but is not open: {error.strerror}"

@@ -85,7 +85,7 @@ class PageService:
 
     async def get_layout(self, _request: page_pb2.GetLayoutRequest, context: _Context) -> page_pb2.GetLayoutResponse:
         """Tell the layout."""
-        return page_pb2.GetLayoutResponse(layout=_to_proto(self._authorised(context).layout))
+        return page_pb2.GetLayoutResponse(layout=layout_to_proto(self._authorised(context).layout))
 
     async def export_pages(
         self, request: page_pb2.ExportPagesRequest, context: _Context
@@ -192,7 +192,8 @@ def _misbehaviour(error: CoreError) -> FerryError:
     return FerryError(Reason(error.reason), f"the destination misbehaves: {error}")
 
 
-def _to_proto(layout: Layout) -> memory_pb2.MemoryLayout:
+def layout_to_proto(layout: Layout) -> memory_pb2.MemoryLayout:
+    """Return a layout as a message."""
     regions = [
         memory_pb2.MemoryRegion(guest_address=region.guest_address, size=region.size, page_size=region.page_size)
         for region in layout.regions

@@ -38,13 +38,15 @@ def offered_features() -> int:
         os.close(uffd)
 
 
-def open_userfaultfd(features: int, *, user_mode_only: bool) -> int:
+def open_userfaultfd(features: int, *, optional: int = 0, user_mode_only: bool) -> int:
     """Return a close-on-exec, non-blocking userfaultfd with the UFFD_FEATURE_* bits asked for.
 
-    FerryError: USERFAULTFD_UNAVAILABLE where the kernel has no userfaultfd or lacks a feature, PERMISSION_MISSING.
+    Of `optional` it has those that the kernel offers. FerryError: USERFAULTFD_UNAVAILABLE where the kernel has no
+    userfaultfd or lacks a feature, PERMISSION_MISSING.
     """
     # UFFDIO_API refuses unknown features without naming them, and is called once a descriptor: so another is asked.
-    missing = features & ~offered_features()
+    offered = offered_features()
+    missing = features & ~offered
     if missing:
         names = ", ".join(feature_names(missing))
         raise FerryError(
@@ -52,7 +54,7 @@ def open_userfaultfd(features: int, *, user_mode_only: bool) -> int:
         )
     uffd = new_userfaultfd(user_mode_only=user_mode_only)
     try:
-        _agree(uffd, features)
+        _agree(uffd, features | optional & offered)
     except BaseException:
         os.close(uffd)
         raise
