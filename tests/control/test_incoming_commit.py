@@ -170,3 +170,26 @@ async def test_a_source_that_is_lost_pauses_the_migration_until_it_is_back(comin
     await coming.until(lambda: coming.record.state.final)
     assert coming.record.state is State.COMPLETED
     assert coming.incoming.view().progress.reconnects >= 1
+
+
+async def test_a_sidecar_that_stops_before_the_commit_gives_the_guest_up(coming: Coming) -> None:
+    await coming.handed_over()
+    await coming.incoming.stop()
+    assert coming.record.error is not None
+    assert coming.record.error.reason is Reason.SHUTTING_DOWN
+    await coming.assert_never_ran()
+
+
+async def test_a_guest_whose_memory_is_held_stays_busy_until_its_vmm_ends(coming: Coming) -> None:
+    await coming.handed_over()
+    arrival = coming.incoming.arrival
+    assert arrival is not None
+    coming.vmm.failures["resume"] = BOOM
+    assert await coming.refused(coming.incoming.commit()) is Reason.NO_SPACE
+    arrival.session.fail(FerryError(Reason.USERFAULTFD_REFUSED, "the VMM moved its memory"))
+    await coming.until(lambda: coming.record.state.final)
+    assert coming.guests.get("g").migration_id == "m"
+    assert arrival._handoff.uffd.fileno() >= 0
+
+    arrival._vmm_ended(0)
+    assert arrival._handoff.uffd.fileno() == -1

@@ -314,3 +314,34 @@ async def test_limits_reach_a_destination_that_has_the_guest(departure: Departur
     await outgoing.limit(migration_pb2.Limits(push_disabled=True))
     assert departure.record.limits.push_disabled
     assert "Limit" in departure.there.calls
+
+
+async def test_a_destination_that_knows_nothing_at_the_first_commit_gives_the_guest_back(departure: Departure) -> None:
+    departure.there.failures["Commit"] = FerryError(Reason.UNKNOWN_MIGRATION, "restarted")
+    departure.begin()
+    await departure.ended()
+    departure.assert_here_alone()
+    assert departure.record.state is State.FAILED
+
+
+async def test_a_destination_that_knows_nothing_after_a_commit_without_an_answer_may_have_run_it(
+    departure: Departure,
+) -> None:
+    departure.there.lost["Commit"] = FerryError(Reason.SHUTTING_DOWN, "the answer was lost")
+    departure.begin()
+    await departure.until(lambda: departure.record.error is not None)
+    departure.there.lost["Commit"] = FerryError(Reason.UNKNOWN_MIGRATION, "restarted")
+    told = departure.there.calls.count("Commit")
+    await departure.until(lambda: departure.there.calls.count("Commit") >= told + 3)
+    departure.assert_there_alone()
+    assert not departure.record.state.final
+
+
+async def test_a_vmm_that_does_not_end_does_not_fail_a_migration_that_is_complete(departure: Departure) -> None:
+    departure.vmm.failures["kill"] = BOOM
+    departure.begin()
+    await departure.until(lambda: "Report" in departure.there.calls)
+    await departure.there.complete()
+    departure.there.report(STATES.MIGRATION_STATE_COMPLETED)
+    await departure.ended()
+    assert departure.record.state is State.COMPLETED

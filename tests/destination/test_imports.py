@@ -157,3 +157,16 @@ def test_bytes_are_bounded_too_and_come_free_with_the_pages(one: Desk, monkeypat
     assert not one.desk.full
     one.desk.drop(0, 10)
     assert one.desk._bytes == 0
+
+
+def test_a_vmm_that_reports_what_it_has_not_read_gets_no_more(one: Desk) -> None:
+    unread = 0
+    one.desk.connect(one.sent.append, lambda: unread)
+    assert one.desk.has_room(1)
+    unread = imports.MAX_UNREPORTED_PAGES
+    assert one.desk.full
+    assert one.desk.has_room(1, urgent=True)
+    unread *= 2
+    assert not one.desk.has_room(1, urgent=True)
+    one.desk.disconnect(one.sent.append)
+    assert one.desk.has_room(1)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from arriving import Arriving, expected, of
 from guarded import Guarded
+from queue_lanes import QueueLanes
 
 from pageferry.errors import FerryError, Reason
 from pageferryd.core.layout import PAGE_SIZE
@@ -236,4 +237,18 @@ async def test_many_cuts_lose_and_repeat_nothing(arrive: Arrive) -> None:
         assert await of(reading) == expected(page)
     await guest.done()
     assert guest.source.completions == 1
+    await guest.check_all()
+
+
+async def test_a_source_that_has_forgotten_a_guest_that_is_whole_is_not_waited_for(
+    arrive: Arrive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def forgotten(_lanes: QueueLanes, _pages: int) -> None:
+        raise FerryError(Reason.UNKNOWN_MIGRATION, "evicted")
+
+    monkeypatch.setattr(QueueLanes, "complete", forgotten)
+    guest = arrive(64)
+    guest.start()
+    await guest.done()
+    assert guest.session.pager.complete
     await guest.check_all()

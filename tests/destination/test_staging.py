@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pageferryd.core.layout import PAGE_SIZE, Layout, Region
 from pageferryd.core.runs import POISONED, RAW, ZERO, Run
+from pageferryd.destination.intake import whole_granules
 from pageferryd.destination.staging import Staging, Whole
 
 GRANULE = 16
@@ -80,3 +81,23 @@ def test_a_zero_page_between_raw_ones_is_zero_in_the_granule() -> None:
     staging.add(Run(4, GRANULE - 4, ZERO), b"", 0)
     (whole,) = staging.add(Run(3, 1, RAW), page_bytes(3), 0)
     assert whole.data == page_bytes(0) + page_bytes(1) + bytes(PAGE_SIZE) + page_bytes(3) + bytes(HUGE - 4 * PAGE_SIZE)
+
+
+def test_a_part_that_was_given_away_is_zero_when_its_granule_comes() -> None:
+    staging = Staging(LAYOUT)
+    staging.punch(3, 2)
+    data = b"".join(map(page_bytes, range(2 * GRANULE)))
+    first, second = staging.add(Run(0, 2 * GRANULE, RAW), data, 0)
+    expected = [bytes(PAGE_SIZE) if page in (3, 4) else page_bytes(page) for page in range(GRANULE)]
+    assert first.data == b"".join(expected)
+    assert second.data == data[HUGE:]
+
+
+def test_a_run_is_cut_where_it_leaves_whole_granules() -> None:
+    mixed = Layout([Region(0, 4 * PAGE_SIZE), Region(1 << 32, 2 * HUGE, HUGE)])
+    assert list(whole_granules(mixed, 1, 3 + GRANULE + 5)) == [
+        (1, 3, True),
+        (4, GRANULE, True),
+        (4 + GRANULE, 5, False),
+    ]
+    assert list(whole_granules(mixed, 6, 2)) == [(6, 2, False)]

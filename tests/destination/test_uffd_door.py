@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -15,8 +16,9 @@ from pageferry.errors import FerryError, Reason
 from pageferry.vmm.memory import Backing
 from pageferryd.core.layout import PAGE_SIZE
 from pageferryd.destination.door import DoorEvents
-from pageferryd.destination.uffd_door import MAX_READS, UffdDoor
+from pageferryd.destination.uffd_door import MAX_FORKS, MAX_READS, UffdDoor
 from pageferryd.destination.uffd_installer import UffdInstaller
+from pageferryd.linux.userfaultfd import Fork
 
 pytestmark = pytest.mark.userfaultfd
 Guard = Callable[..., Guarded]
@@ -156,3 +158,22 @@ async def test_faults_beyond_one_turn_of_the_loop_come_with_the_next_one(guard: 
     door.close()
     UffdInstaller(guarded.uffd, guarded.addresses).zero(0, 16)
     await asyncio.gather(*map(asyncio.wrap_future, readings))
+
+
+async def test_a_vmm_that_forks_without_end_is_refused(guard: Callable[..., Guarded]) -> None:
+    guarded = guard(1)
+    forks = [os.memfd_create("fork") for _ in range(MAX_FORKS + 1)]
+    door = UffdDoor(guarded.uffd, guarded.addresses)
+    failures: list[Exception] = []
+    events = [[Fork(fd) for fd in forks], []]
+    guarded.uffd.read_events = lambda: events.pop(0)
+    door.open(lambda _events: None, failures.append)
+    door.drain()
+    (failure,) = failures
+    assert isinstance(failure, FerryError)
+    assert failure.reason is Reason.USERFAULTFD_REFUSED
+    # What a child lacks would read as zeroes, were they closed.
+    for fd in forks:
+        os.fstat(fd)
+        os.close(fd)
+    door.close()
