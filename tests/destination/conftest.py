@@ -12,7 +12,7 @@ import pytest
 pytest.register_assert_rewrite("arriving", "door_conformance", "installer_conformance", "lanes_conformance")
 
 from door_conformance import Delivered  # noqa: E402
-from guarded import Guarded, reserved_huge_pages  # noqa: E402
+from guarded import Guarded  # noqa: E402
 
 from pageferry.vmm.memory import Backing  # noqa: E402
 
@@ -35,28 +35,6 @@ def guard() -> Iterator[Callable[..., Guarded]]:
 def delivered() -> Delivered:
     """Takes what a door delivers."""
     return Delivered()
-
-
-@pytest.fixture
-def huge_pages() -> Iterator[None]:
-    with reserved_huge_pages(4) as reserved:
-        if not reserved:
-            pytest.skip("4 huge pages of 2 MiB cannot be reserved")
-        yield
-
-
-@pytest.fixture(
-    params=[
-        Backing.ANONYMOUS,
-        Backing.SHMEM,
-        pytest.param(Backing.HUGETLBFS, marks=[pytest.mark.hugetlb, pytest.mark.root]),
-    ]
-)
-def backing(request: pytest.FixtureRequest) -> Backing:
-    chosen: Backing = request.param
-    if chosen is Backing.HUGETLBFS:
-        request.getfixturevalue("huge_pages")
-    return chosen
 
 
 @pytest.fixture

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import select
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pageferry.abi import userfaultfd as abi
 from pageferry.vmm.memory import Backing, GuestMemory
 from pageferryd.core.layout import PAGE_SIZE, Layout, Region
 from pageferryd.destination.address_map import AddressMap
 from pageferryd.linux.userfaultfd import Userfaultfd
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 DEADLINE = 10.0
 HUGE = 2 << 20
@@ -84,19 +78,3 @@ class Guarded:
     def _at(self, page: int) -> tuple[GuestMemory, int]:
         piece = next(self.layout.pieces(page, 1))
         return self.memories[piece.region], piece.first * PAGE_SIZE
-
-
-@contextmanager
-def reserved_huge_pages(count: int) -> Iterator[bool]:
-    """Reserve 2 MiB pages for a while; yields whether that worked."""
-    setting = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-    try:
-        before = int(setting.read_text())
-        setting.write_text(str(before + count))
-    except OSError:
-        yield False
-        return
-    try:
-        yield int(setting.read_text()) >= before + count
-    finally:
-        setting.write_text(str(before))

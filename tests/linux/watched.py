@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import select
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 
 from pageferry.abi import userfaultfd as abi
 from pageferry.vmm.memory import Backing, GuestMemory
@@ -77,18 +74,3 @@ def wait_events(uffd: Userfaultfd) -> list[Event]:
 
 def page_of(text: bytes, size: int = PAGE) -> bytes:
     return (text * (size // len(text) + 1))[:size]
-
-
-@contextmanager
-def reserved_huge_pages(count: int) -> Iterator[bool]:
-    """Reserve 2 MiB pages for a while; yields whether that worked."""
-    setting = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-    if not setting.exists():
-        yield False
-        return
-    before = int(setting.read_text())
-    setting.write_text(str(before + count))
-    try:
-        yield int(setting.read_text()) >= before + count
-    finally:
-        setting.write_text(str(before))
