@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -11,6 +12,7 @@ from stand_in_vmm import PAGES
 
 from pageferry.errors import Reason
 from pageferry.v1 import incoming_pb2
+from pageferryd.control import incoming
 from pageferryd.core.layout import PAGE_SIZE, Layout, Region
 from pageferryd.core.lifecycle import State
 from pageferryd.vmm.driver import Activity
@@ -57,6 +59,19 @@ async def test_a_guest_comes_with_all_of_its_memory(coming: Coming) -> None:
     # A source that missed the answer asks again.
     await coming.incoming.commit()
     assert coming.vmm.calls.count("resume") == 1
+
+
+async def test_the_result_says_how_much_is_mapped_by_huge_pages_again(
+    coming: Coming, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collapsed: list[tuple[int, list[tuple[int, int]]]] = []
+    monkeypatch.setattr(incoming, "collapse", lambda pid, spans: collapsed.append((pid, spans)))
+    monkeypatch.setattr(incoming, "big_bytes", lambda _pid, _spans: 2 << 20)
+    await coming.handed_over()
+    await coming.incoming.commit()
+    await coming.until(lambda: coming.record.state.final)
+    assert coming.incoming.view().progress.huge_bytes == 2 << 20
+    assert collapsed == [(os.getpid(), [(coming.vmm.memory.address, len(CONTENT))])]
 
 
 async def test_the_state_may_touch_all_memory_before_the_commit(coming: Coming) -> None:

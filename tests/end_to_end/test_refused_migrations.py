@@ -92,6 +92,8 @@ async def test_a_guest_that_moves_already_is_busy_and_a_request_id_has_one_meani
     await refused(crossing.start(), Reason.GUEST_BUSY, grpc.StatusCode.FAILED_PRECONDITION)
     reused = crossing.start(request_id="once", address="127.0.0.1:9")
     await refused(reused, Reason.REQUEST_ID_REUSED, grpc.StatusCode.ALREADY_EXISTS)
+    elsewhere = crossing.start(request_id="once", destination_name="gamma")
+    await refused(elsewhere, Reason.REQUEST_ID_REUSED, grpc.StatusCode.ALREADY_EXISTS)
     busy = crossing.at_source.unregister_guest(crossing.guest_id)
     await refused(busy, Reason.GUEST_BUSY, grpc.StatusCode.FAILED_PRECONDITION)
 
