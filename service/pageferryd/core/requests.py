@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pageferryd.core.errors import MalformedPagesError
 from pageferryd.core.layout import PAGE_SIZE
-from pageferryd.core.runs import read_varint, varint
+from pageferryd.core.runs import read_short, read_varint, varint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,10 +79,11 @@ def _decode(message: bytes, max_runs: int) -> Request:
     try:
         while at < end:
             tag = message[at]
-            value, at = read_varint(message, at + 1)
             if tag == 0x18:
-                credit = value
-            elif tag in (0x0A, 0x12) and at + value <= end:
+                credit, at = read_varint(message, at + 1)
+                continue
+            value, at = read_short(message, at + 1)
+            if tag in (0x0A, 0x12) and tag not in columns and at + value <= end:
                 columns[tag] = message[at : at + value]
                 at += value
             else:

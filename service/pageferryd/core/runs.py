@@ -35,6 +35,10 @@ _TAG_DATA = b"\x22"
 _LAST = b"\x28\x01"
 _TAGS = frozenset({0x0A, 0x12, 0x1A, 0x22, 0x28})
 _LAST_FIELD = 5
+_MAX_VARINT = 2**64 - 1
+_MAX_SHORT = 2**32 - 1
+_MAX_SHORT_BYTES = 5
+_NUMBER, _BYTES = 0, 2
 
 
 class Run(NamedTuple):
@@ -116,11 +120,19 @@ def read_varint(message: bytes, at: int) -> tuple[int, int]:
         byte = message[at]
         at += 1
         value |= (byte & 0x7F) << shift
-        if byte < 0x80:
+        if byte < 0x80 and value <= _MAX_VARINT:
             return value, at
         shift += 7
         if shift > 63:
             raise MalformedPagesError("a message of pages has a number that cannot be")
+
+
+def read_short(message: bytes, at: int) -> tuple[int, int]:
+    """Return the tag or length at an offset, and the offset behind it: protobuf gives them 32 bits, in at most 5 bytes."""
+    value, behind = read_varint(message, at)
+    if value > _MAX_SHORT or behind - at > _MAX_SHORT_BYTES:
+        raise MalformedPagesError("a message of pages has a tag or a length that cannot be")
+    return value, behind
 
 
 def _fields(message: bytes) -> dict[int, tuple[int, int]]:
@@ -128,14 +140,14 @@ def _fields(message: bytes) -> dict[int, tuple[int, int]]:
     found: dict[int, tuple[int, int]] = {}
     at, end = 0, len(message)
     while at < end:
-        tag, at = read_varint(message, at)
-        value, at = read_varint(message, at)
+        tag, at = read_short(message, at)
+        value, at = (read_short if tag & 7 == _BYTES else read_varint)(message, at)
         form = tag & 7
-        if form not in (0, 2) or tag < 8 or (tag not in _TAGS and tag >> 3 <= _LAST_FIELD):
+        if form not in (_NUMBER, _BYTES) or tag < 8 or (tag not in _TAGS and tag >> 3 <= _LAST_FIELD):
             raise MalformedPagesError(f"a message of pages has a field of an unexpected form (tag {tag})")
         if tag in found:
             raise MalformedPagesError(f"a message of pages has the same field twice (tag {tag})")
-        if form == 0:
+        if form == _NUMBER:
             found[tag] = (value, value)
         else:
             found[tag] = (at, at + value)
