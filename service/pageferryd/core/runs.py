@@ -128,7 +128,7 @@ def read_varint(message: bytes, at: int) -> tuple[int, int]:
 
 
 def read_short(message: bytes, at: int) -> tuple[int, int]:
-    """Return the tag or length at an offset, and the offset behind it: protobuf gives them 32 bits, in at most 5 bytes."""
+    """Return the tag or length at an offset, and the offset behind it: 32 bits in at most 5 bytes."""
     value, behind = read_varint(message, at)
     if value > _MAX_SHORT or behind - at > _MAX_SHORT_BYTES:
         raise MalformedPagesError("a message of pages has a tag or a length that cannot be")
