@@ -29,6 +29,7 @@ from pageferryd.vmm.driver import Activity
 DEADLINE = 10.0
 TOKEN = b"t" * 32
 CONTENT = b"".join(bytes([page + 1]) * PAGE_SIZE for page in range(PAGES))
+STATE = incoming_pb2.HandOverRequest(migration_id="m", state=b"state")
 BOOM = FerryError(Reason.NO_SPACE, "as the test says")
 
 
@@ -68,16 +69,24 @@ class Coming:
         self.vmm.calls.clear()
 
     def request(
-        self, layout: Layout | None = None, token: bytes = TOKEN, address: str = ""
+        self,
+        layout: Layout | None = None,
+        token: bytes = TOKEN,
+        address: str = "",
+        driver: str = "stand-in",
+        machine: str = "",
+        told_later: bool = False,
     ) -> incoming_pb2.PrepareRequest:
         return incoming_pb2.PrepareRequest(
             migration_id="m",
             guest_id="g",
             protocol_version=1,
-            layout=layout_to_proto(layout or self.vmm.layout),
+            layout=None if told_later else layout_to_proto(layout or self.vmm.layout),
             page_address=address or self.address,
             source_name="a",
             token=token,
+            driver=driver,
+            machine=machine,
         )
 
     async def prepared(self) -> None:
@@ -85,7 +94,7 @@ class Coming:
 
     async def handed_over(self) -> None:
         await self.prepared()
-        await self.incoming.hand_over(b"state")
+        await self.incoming.hand_over(STATE)
 
     async def refused(self, call: object) -> Reason:
         with pytest.raises((FerryError, IllegalTransitionError)) as refused:

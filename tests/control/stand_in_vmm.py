@@ -11,7 +11,7 @@ from pageferry.v1 import memory_pb2, vmm_pb2
 from pageferry.vmm.handoff import PagerLink
 from pageferry.vmm.memory import GuestMemory
 from pageferryd.core.layout import PAGE_SIZE, Layout, Region
-from pageferryd.vmm.driver import Activity, Description, FaultEndpoint, PrivatePages
+from pageferryd.vmm.driver import Activity, Description, Memory, PagerSeat, PrivatePages, Saved
 
 PAGES = 16
 
@@ -35,6 +35,11 @@ class StandInVmm:
     """Both the VMM and its driver. `failures[call]` is raised by that call, `gates[call]` is passed in it."""
 
     def __init__(self, activity: Activity = Activity.RUNNING, pages: int = PAGES) -> None:
+        self.memory_comes_with_state = False
+        self.machine = "pc-i440fx-7.2"
+        self.takes_any_guest = False
+        self.tells_memory_with_state = False
+        self.seat: PagerSeat | None = None
         self.activity = activity
         self.layout = Layout([Region(0, pages * PAGE_SIZE)])
         self.memory = GuestMemory(pages * PAGE_SIZE)
@@ -44,6 +49,7 @@ class StandInVmm:
         self.gated: set[str] = set()
         self.private = PrivatePages()
         self.loaded: bytes | None = None
+        self.read = b""
         self.killed = False
         self.closed = False
         self.link: PagerLink | None = None
@@ -68,19 +74,30 @@ class StandInVmm:
         await self._do("describe")
         location = memory_pb2.MemoryLocation(process=memory_pb2.ProcessMemory(address=self.memory.address))
         locations = [location] if self.activity is not Activity.INCOMING else []
-        return Description(self.layout, locations, self.activity, os.getpid())
+        memory = Memory(self.layout, locations, os.getpid()) if locations else None
+        if self.takes_any_guest or self.tells_memory_with_state:
+            return Description(self.activity, os.getpid(), None, memory_bytes=self.memory.size, machine=self.machine)
+        return Description(self.activity, os.getpid(), self.layout, memory, machine=self.machine)
 
-    async def attach_pager(self, socket_path: str, faults: FaultEndpoint) -> None:
+    async def attach_pager(self, seat: PagerSeat) -> None:
         await self._do("attach_pager")
-        self.link = await asyncio.to_thread(PagerLink.open, socket_path, self.memory)
+        self.seat = seat
+        if not self.memory_comes_with_state:
+            await self._hand_over(seat)
+
+    async def _hand_over(self, seat: PagerSeat) -> None:
+        self.link = await asyncio.to_thread(PagerLink.open, seat.socket_path, self.memory)
 
     async def pause(self) -> None:
         await self._do("pause")
         self.activity = Activity.PAUSED
 
-    async def save_state(self) -> bytes:
+    async def save_state(self) -> Saved:
         await self._do("save_state")
-        return b"state"
+        if not self.tells_memory_with_state:
+            return Saved(b"state")
+        location = memory_pb2.MemoryLocation(process=memory_pb2.ProcessMemory(address=self.memory.address))
+        return Saved(b"state", Memory(self.layout, [location], os.getpid()))
 
     async def private_pages(self) -> PrivatePages:
         await self._do("private_pages")
@@ -92,6 +109,10 @@ class StandInVmm:
 
     async def load_state(self, state: bytes) -> None:
         await self._do("load_state")
+        if self.memory_comes_with_state and self.seat is not None:
+            await self._hand_over(self.seat)
+            # A VMM reads its guest's memory as it loads the state.
+            self.read = await asyncio.to_thread(self.memory.read, 0, 1)
         self.loaded = state
 
     async def resume(self) -> None:

@@ -24,6 +24,7 @@ from pageferryd.destination.address_map import AddressMap
 from pageferryd.destination.door import Settled
 from pageferryd.destination.exit_door import ExitDoor
 from pageferryd.destination.handed_over import Handoff
+from pageferryd.linux.vmm_directory import VmmDirectory
 
 LAYOUT = Layout([Region(0, 8 * PAGE_SIZE)])
 NOBODY = 65534
@@ -75,7 +76,8 @@ async def start(settings: Settings) -> AsyncIterator[Start]:
     hosts: list[Host] = []
 
     async def one(name: str = "g", pid: int | None = None) -> Host:
-        hosts.append(Host(await Faults.start(settings, name, os.getpid() if pid is None else pid)))
+        pid = os.getpid() if pid is None else pid
+        hosts.append(Host(await Faults.start(settings, VmmDirectory.make(settings.runtime_dir, name, pid), pid)))
         return hosts[-1]
 
     yield one
@@ -200,26 +202,29 @@ async def test_the_socket_belongs_to_the_user_that_the_vmm_runs_as(start: Start)
 async def test_a_vmm_that_is_gone_already_is_refused_and_leaves_nothing(settings: Settings) -> None:
     child = await asyncio.create_subprocess_exec("true")
     await child.wait()
+    directory = VmmDirectory.make(settings.runtime_dir, "g", os.getpid())
     with pytest.raises(FerryError):
-        await Faults.start(settings, "g", child.pid)
-    assert list(settings.runtime_dir.iterdir()) == []
+        await Faults.start(settings, directory, child.pid)
+    assert list(directory.path.iterdir()) == []
 
 
 async def test_a_socket_that_was_left_behind_is_replaced_and_the_end_removes_it(
     settings: Settings, start: Start
 ) -> None:
-    path = settings.runtime_dir / "faults-g.sock"
+    path = settings.runtime_dir / "g" / "faults.sock"
+    directory = VmmDirectory.make(settings.runtime_dir, "g", os.getpid())
     path.write_text("left behind")
-    host = await start()
+    host = Host(await Faults.start(settings, directory, os.getpid()))
     host.connect()
-    await host.faults.stop()
+    await host.close()
     assert not path.exists()
 
 
 async def test_a_directory_that_is_not_there_is_named(settings: Settings) -> None:
-    nowhere = settings.model_copy(update={"runtime_dir": settings.runtime_dir / "nowhere"})
+    nowhere = VmmDirectory.make(settings.runtime_dir, "nowhere", os.getpid())
+    nowhere.remove()
     with pytest.raises(FerryError, match="nowhere") as refused:
-        await Faults.start(nowhere, "g", os.getpid())
+        await Faults.start(settings, nowhere, os.getpid())
     assert refused.value.reason is Reason.PERMISSION_MISSING
 
 

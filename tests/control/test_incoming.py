@@ -7,11 +7,11 @@ import os
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from coming import BOOM, CONTENT, DEADLINE, TOKEN, Coming
+from coming import BOOM, CONTENT, DEADLINE, STATE, Coming
 from stand_in_vmm import PAGES
 
 from pageferry.errors import Reason
-from pageferry.v1 import incoming_pb2
+from pageferry.v1 import incoming_pb2, memory_pb2
 from pageferryd.control import incoming
 from pageferryd.core.layout import PAGE_SIZE, Layout, Region
 from pageferryd.core.lifecycle import State
@@ -95,7 +95,12 @@ async def test_before_the_commit_the_guest_can_go_back_however_much_has_come(com
 
 REFUSED: dict[str, tuple[Callable[[Coming], incoming_pb2.PrepareRequest], Reason]] = {
     "another size": (lambda one: one.request(layout=Layout([Region(0, PAGE_SIZE)])), Reason.LAYOUT_MISMATCH),
-    "no layout": (lambda one: incoming_pb2.PrepareRequest(migration_id="m", token=TOKEN), Reason.LAYOUT_INVALID),
+    "no regions": (
+        lambda one: incoming_pb2.PrepareRequest(driver="stand-in", layout=memory_pb2.MemoryLayout()),
+        Reason.LAYOUT_INVALID,
+    ),
+    "another kind of VMM": (lambda one: one.request(driver="qemu"), Reason.VMM_MISMATCH),
+    "another machine": (lambda one: one.request(machine="pc-q35-7.2"), Reason.VMM_MISMATCH),
     "another token": (lambda one: one.request(token=bytes(32)), Reason.TOKEN_INVALID),
     "nobody there": (lambda one: one.request(address="unix:/nowhere"), Reason.SOURCE_UNREACHABLE),
     "no address": (lambda one: one.request(address="::::"), Reason.INVALID_ARGUMENT),
@@ -179,14 +184,14 @@ async def test_an_abort_after_each_step_ends_it_and_may_be_repeated(coming: Comi
     await coming.incoming.abort("no")
     await coming.incoming.abort("no")
     assert coming.vmm.killed
-    assert await coming.refused(coming.incoming.hand_over(b"state")) is Reason.ILLEGAL_STATE
+    assert await coming.refused(coming.incoming.hand_over(STATE)) is Reason.ILLEGAL_STATE
     await coming.assert_never_ran()
 
 
 async def test_an_abort_does_not_wait_for_a_state_that_hangs(coming: Coming) -> None:
     gate = coming.vmm.gate("load_state")
     await coming.prepared()
-    loading = asyncio.create_task(coming.incoming.hand_over(b"state"))
+    loading = asyncio.create_task(coming.incoming.hand_over(STATE))
     await gate.until_reached()
     await asyncio.wait_for(coming.incoming.abort("no"), DEADLINE)
     gate.opened.set()
@@ -211,6 +216,6 @@ async def test_an_abort_whose_caller_hangs_up_is_carried_out(coming: Coming) -> 
 async def test_a_state_that_cannot_be_loaded_can_still_be_aborted(coming: Coming) -> None:
     coming.vmm.failures["load_state"] = BOOM
     await coming.prepared()
-    assert await coming.refused(coming.incoming.hand_over(b"state")) is Reason.NO_SPACE
+    assert await coming.refused(coming.incoming.hand_over(STATE)) is Reason.NO_SPACE
     await coming.incoming.abort("no")
     await coming.assert_never_ran()

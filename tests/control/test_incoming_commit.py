@@ -7,7 +7,7 @@ import select
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from coming import BOOM, DEADLINE, Coming
+from coming import BOOM, DEADLINE, STATE, Coming
 from stand_in_vmm import PAGES
 
 from pageferry.errors import FerryError, Reason
@@ -118,7 +118,7 @@ async def test_a_failure_here_leaves_the_guests_memory_guarded(coming: Coming) -
     request = coming.request()
     request.limits.push_disabled = True
     await coming.incoming.prepare(request)
-    await coming.incoming.hand_over(b"state")
+    await coming.incoming.hand_over(STATE)
     await coming.incoming.commit()
     arrival = coming.incoming.arrival
     assert arrival is not None
@@ -127,7 +127,7 @@ async def test_a_failure_here_leaves_the_guests_memory_guarded(coming: Coming) -
     assert coming.record.state is State.FAILED
     reading = asyncio.get_running_loop().run_in_executor(None, coming.vmm.memory.read, 0, 1)
     poll = select.poll()
-    poll.register(arrival._handoff.uffd.fileno(), select.POLLIN)
+    poll.register(arrival._memory.uffd.fileno(), select.POLLIN)
     assert await asyncio.to_thread(poll.poll, DEADLINE * 1000), "nobody waits for the page"
     assert not reading.done()
     # The test's own end of it: the page is put there, so that the thread can end.
@@ -152,7 +152,7 @@ async def test_a_source_that_is_lost_pauses_the_migration_until_it_is_back(comin
     request = coming.request()
     request.limits.push_disabled = True
     await coming.incoming.prepare(request)
-    await coming.incoming.hand_over(b"state")
+    await coming.incoming.hand_over(STATE)
     await coming.incoming.commit()
     arrival = coming.incoming.arrival
     assert arrival is not None
@@ -189,7 +189,7 @@ async def test_a_guest_whose_memory_is_held_stays_busy_until_its_vmm_ends(coming
     arrival.session.fail(FerryError(Reason.USERFAULTFD_REFUSED, "the VMM moved its memory"))
     await coming.until(lambda: coming.record.state.final)
     assert coming.guests.get("g").migration_id == "m"
-    assert arrival._handoff.uffd.fileno() >= 0
+    assert arrival._memory.uffd.fileno() >= 0
 
-    arrival._vmm_ended(0)
-    assert arrival._handoff.uffd.fileno() == -1
+    arrival._vmm_ended()
+    assert arrival._memory.uffd.fileno() == -1

@@ -33,6 +33,7 @@ from pageferryd.destination.fault_service import TOKEN_KEY
 from pageferryd.destination.grpc_lanes import GrpcLaneOpener, Source
 from pageferryd.destination.handed_over import Handoff
 from pageferryd.destination.session import Session, SessionOptions
+from pageferryd.linux.vmm_directory import VmmDirectory
 from pageferryd.server import GrpcServer
 from pageferryd.source.memory import SourceMemory
 from pageferryd.source.page_service import PageService
@@ -300,7 +301,8 @@ class Crossing:
             self._note,
         )
         self.session.open_doors()
-        self.faults = await Faults.start(self._settings, "g", os.getpid())
+        directory = VmmDirectory.make(self._settings.runtime_dir, "g", os.getpid())
+        self.faults = await Faults.start(self._settings, directory, os.getpid())
         self.faults.connect(door, self.session, handoff)
         self.vmm = ImportingVmm(self.faults.endpoint, self.layout)
         self.vmm.open()

@@ -36,6 +36,7 @@ from pageferryd.destination.exit_door import ExitDoor
 from pageferryd.destination.fault_stream import FaultStream
 from pageferryd.destination.handed_over import Handoff
 from pageferryd.destination.session import Session, SessionOptions
+from pageferryd.linux.vmm_directory import VmmDirectory
 
 INSTALLED, ZERO, SPURIOUS = pb.OUTCOME_INSTALLED, pb.OUTCOME_ZERO, pb.OUTCOME_SPURIOUS
 # Pages 0 to 7 lie above pages 8 to 607.
@@ -80,7 +81,8 @@ async def serve(settings: Settings, name: str, door: ExitDoor, session: Any, add
     here, there = socket.socketpair()
     here.setblocking(False)
     handoff = Handoff(None, addresses, here, door.layout)
-    return Site(await Faults.start(settings, name, os.getpid()), door, session, handoff, there)
+    directory = VmmDirectory.make(settings.runtime_dir, name, os.getpid())
+    return Site(await Faults.start(settings, directory, os.getpid()), door, session, handoff, there)
 
 
 @pytest.fixture

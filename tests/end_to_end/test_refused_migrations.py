@@ -292,6 +292,7 @@ def prepare_request(**changes: Any) -> incoming_pb2.PrepareRequest:
         "page_address": "127.0.0.1:9",
         "source_name": "elsewhere",
         "token": bytes(32),
+        "driver": "vmm",
         **changes,
     }
     return incoming_pb2.PrepareRequest(**values)
@@ -311,6 +312,7 @@ def prepare_request(**changes: Any) -> incoming_pb2.PrepareRequest:
         ({"page_address": "127.0.0.1:9"}, Reason.SOURCE_UNREACHABLE),
         ({"layout": memory_pb2.MemoryLayout()}, Reason.LAYOUT_INVALID),
         ({"limits": pb.Limits(push_window_bytes=1)}, Reason.INVALID_ARGUMENT),
+        ({"driver": "qemu"}, Reason.VMM_MISMATCH),
     ],
 )
 async def test_a_destination_checks_whatever_a_source_says(

@@ -12,11 +12,26 @@ from typing import Protocol
 import pytest
 
 from pageferry.errors import FerryError, Reason
+from pageferryd.core.layout import PAGE_SIZE, Layout, Region
 from pageferryd.linux.unix_peer import recv_with_fds
+from pageferryd.linux.vmm_directory import VmmDirectory
 from pageferryd.vmm.driver import Activity, FaultEndpoint, VmmDriver
 
 DEADLINE = 20.0
-FAULTS = FaultEndpoint("/nowhere", b"f" * 32)
+
+
+class Seat:
+    """A pager's seat where nobody sits."""
+
+    layout = Layout([Region(0, PAGE_SIZE)])
+    faults = FaultEndpoint("/nowhere", b"f" * 32)
+
+    def __init__(self, path: Path) -> None:
+        self.directory = VmmDirectory(-1, path.parent, path.parent)
+        self.socket_path = str(path)
+
+    def take(self, memory: object) -> None:
+        raise AssertionError(memory)
 
 
 class House(Protocol):
@@ -39,7 +54,7 @@ class House(Protocol):
 Calls = dict[str, Callable[[VmmDriver], Awaitable[object]]]
 CALLS: Calls = {
     "describe": lambda driver: driver.describe(),
-    "attach_pager": lambda driver: driver.attach_pager("/nowhere", FAULTS),
+    "attach_pager": lambda driver: driver.attach_pager(Seat(Path("/nowhere"))),
     "pause": lambda driver: driver.pause(),
     "save_state": lambda driver: driver.save_state(),
     "load_state": lambda driver: driver.load_state(b""),
@@ -63,7 +78,7 @@ async def attach(driver: VmmDriver, path: Path) -> tuple[socket.socket, list[int
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         listener.listen(1)
-        await driver.attach_pager(str(path), FAULTS)
+        await driver.attach_pager(Seat(path))
         listener.setblocking(False)
         connection, _ = await asyncio.get_running_loop().sock_accept(listener)
     connection.setblocking(True)
@@ -76,7 +91,10 @@ class DriverConformance:
         assert description.activity is Activity.RUNNING
         assert description.pid == running.pid
         assert sum(region.size for region in description.layout.regions) == running.memory_bytes
-        assert len(description.locations) == len(description.layout.regions)
+        assert description.memory is not None
+        assert description.memory.layout is description.layout
+        assert description.memory.holder == running.pid
+        assert len(description.memory.locations) == len(description.layout.regions)
 
     async def test_pause_and_resume_stop_the_guest_and_let_it_run(self, running: House) -> None:
         driver = running.driver
@@ -84,7 +102,7 @@ class DriverConformance:
         await driver.pause()
         assert await activity(driver) is Activity.PAUSED
         await driver.pause()
-        assert await driver.save_state()
+        assert (await driver.save_state()).state
         assert not (await driver.private_pages()).ranges
         assert await activity(driver) is Activity.PAUSED
         await driver.resume()
@@ -97,7 +115,7 @@ class DriverConformance:
         assert await activity(running.driver) is Activity.RUNNING
 
     async def test_a_running_vmm_takes_no_guest_in(self, running: House) -> None:
-        assert await reason_of(running.driver.attach_pager("/nowhere", FAULTS)) is Reason.ILLEGAL_STATE
+        assert await reason_of(running.driver.attach_pager(Seat(Path("/nowhere")))) is Reason.ILLEGAL_STATE
         assert await reason_of(running.driver.load_state(b"state")) is Reason.ILLEGAL_STATE
         assert await activity(running.driver) is Activity.RUNNING
 
@@ -106,7 +124,7 @@ class DriverConformance:
         assert description.activity is Activity.INCOMING
         assert description.pid == incoming.pid
         assert sum(region.size for region in description.layout.regions) == incoming.memory_bytes
-        assert list(description.locations) == []
+        assert description.memory is None
 
     async def test_an_incoming_vmm_does_not_run_before_it_has_a_guest(self, incoming: House) -> None:
         assert await reason_of(incoming.driver.resume()) is Reason.ILLEGAL_STATE
@@ -120,12 +138,12 @@ class DriverConformance:
         assert len(fds) == 1
         assert os.readlink(f"/proc/self/fd/{fds[0]}") == "anon_inode:[userfaultfd]"  # noqa: PTH115
         assert await activity(incoming.driver) is Activity.INCOMING
-        assert await reason_of(incoming.driver.attach_pager(str(tmp_path / "p"), FAULTS)) is Reason.ILLEGAL_STATE
+        assert await reason_of(incoming.driver.attach_pager(Seat(tmp_path / "p"))) is Reason.ILLEGAL_STATE
         os.close(fds[0])
         connection.close()
 
     async def test_a_pager_that_is_not_there_is_an_error_of_the_vmm(self, incoming: House, tmp_path: Path) -> None:
-        assert await reason_of(incoming.driver.attach_pager(str(tmp_path / "nobody"), FAULTS)) is Reason.VMM_FAILED
+        assert await reason_of(incoming.driver.attach_pager(Seat(tmp_path / "nobody"))) is Reason.VMM_FAILED
         assert await activity(incoming.driver) is Activity.INCOMING
 
     async def test_kill_ends_the_vmm_and_is_harmless_afterwards(self, running: House) -> None:

@@ -163,7 +163,7 @@ async def test_a_vmm_that_does_not_answer_counts_as_out_of_reach(
 async def test_a_state_of_64_mib_crosses(odd: OddHouse) -> None:
     vmm, driver = odd
     vmm.state = VmmState.PAUSED
-    assert len(await driver.save_state()) == 64 << 20
+    assert len((await driver.save_state()).state) == 64 << 20
 
 
 async def test_a_vmm_that_does_not_end_when_it_is_told_to_is_reported(

@@ -96,6 +96,8 @@ class PrepareRequest(_message.Message):
     SOURCE_NAME_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    DRIVER_FIELD_NUMBER: _builtins.int
+    MACHINE_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     """The migration's id, the same on both hosts."""
     guest_id: _builtins.str
@@ -108,9 +110,15 @@ class PrepareRequest(_message.Message):
     """The name in the source's certificate."""
     token: _builtins.bytes
     """Secret of this migration, shown with every call to the page service. 32 bytes."""
+    driver: _builtins.str
+    """The kind of VMM at the source, as Guest.driver; the destination's must be the same."""
+    machine: _builtins.str
+    """What else must be the same at both ends, as the VMM names it (QEMU: the machine type); empty where nothing must."""
     @_builtins.property
     def layout(self) -> _memory_pb2.MemoryLayout:
-        """The guest's memory at the source; the destination's must be the same."""
+        """The guest's memory at the source; the destination's must be the same. Absent where the source's VMM tells it only
+        with the guest's state: then it comes with the handover.
+        """
 
     @_builtins.property
     def limits(self) -> _migration_pb2.Limits:
@@ -127,10 +135,12 @@ class PrepareRequest(_message.Message):
         source_name: _builtins.str = ...,
         token: _builtins.bytes = ...,
         limits: _migration_pb2.Limits | None = ...,
+        driver: _builtins.str = ...,
+        machine: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_id", b"guest_id", "layout", b"layout", "limits", b"limits", "migration_id", b"migration_id", "page_address", b"page_address", "protocol_version", b"protocol_version", "source_name", b"source_name", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "guest_id", b"guest_id", "layout", b"layout", "limits", b"limits", "machine", b"machine", "migration_id", b"migration_id", "page_address", b"page_address", "protocol_version", b"protocol_version", "source_name", b"source_name", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -161,19 +171,25 @@ class HandOverRequest(_message.Message):
 
     MIGRATION_ID_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     """The migration's id."""
     state: _builtins.bytes
     """The device state as the source's VMM saved it, opaque to pageferry. At most 64 MiB."""
+    @_builtins.property
+    def layout(self) -> _memory_pb2.MemoryLayout:
+        """The guest's memory at the source, where PrepareRequest came without it."""
+
     def __init__(
         self,
         *,
         migration_id: _builtins.str = ...,
         state: _builtins.bytes = ...,
+        layout: _memory_pb2.MemoryLayout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration_id", b"migration_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "migration_id", b"migration_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -111,6 +111,8 @@ class _GuestStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GuestState
     """A VMM waits here for the guest to come."""
     GUEST_STATE_MIGRATING: _GuestState.ValueType  # 3
     """A migration of the guest is under way."""
+    GUEST_STATE_PAUSED: _GuestState.ValueType  # 4
+    """It stands still, by somebody else's doing."""
 
 class GuestState(_GuestState, metaclass=_GuestStateEnumTypeWrapper):
     """GuestState is what a registered guest is doing."""
@@ -123,6 +125,8 @@ GUEST_STATE_INCOMING: GuestState.ValueType  # 2
 """A VMM waits here for the guest to come."""
 GUEST_STATE_MIGRATING: GuestState.ValueType  # 3
 """A migration of the guest is under way."""
+GUEST_STATE_PAUSED: GuestState.ValueType  # 4
+"""It stands still, by somebody else's doing."""
 Global___GuestState: _TypeAlias = GuestState  # noqa: Y015
 
 class _CheckStatus:
@@ -199,18 +203,26 @@ class Guest(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    MOVABLE_FIELD_NUMBER: _builtins.int
+    OBSTACLES_FIELD_NUMBER: _builtins.int
     guest_id: _builtins.str
     """The guest's id, chosen by whoever registers it; 1 to 128 letters, digits, '.', '_' or '-'."""
     driver: _builtins.str
-    """The kind of VMM: "vmm" for one that serves VmmService."""
+    """The kind of VMM: "vmm" for one that serves VmmService, "qemu", "cloud-hypervisor" or "firecracker"."""
     vmm_address: _builtins.str
-    """Where the VMM is reached; for driver "vmm" the absolute path of its Unix socket."""
+    """Where the VMM is reached: the absolute path of its Unix socket (VmmService, QMP, or the VMM's HTTP API)."""
     state: Global___GuestState.ValueType
     """What the guest is doing."""
     memory_bytes: _builtins.int
     """Size of the guest's memory, in bytes."""
     pid: _builtins.int
     """Process id of the VMM."""
+    movable: _builtins.bool
+    """Whether the guest can be moved away from here now."""
+    @_builtins.property
+    def obstacles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why it cannot, a sentence each; empty for one that is movable."""
+
     def __init__(
         self,
         *,
@@ -220,10 +232,12 @@ class Guest(_message.Message):
         state: Global___GuestState.ValueType = ...,
         memory_bytes: _builtins.int = ...,
         pid: _builtins.int = ...,
+        movable: _builtins.bool = ...,
+        obstacles: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "guest_id", b"guest_id", "memory_bytes", b"memory_bytes", "pid", b"pid", "state", b"state", "vmm_address", b"vmm_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "guest_id", b"guest_id", "memory_bytes", b"memory_bytes", "movable", b"movable", "obstacles", b"obstacles", "pid", b"pid", "state", b"state", "vmm_address", b"vmm_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

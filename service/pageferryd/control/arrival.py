@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pageferry.errors import FerryError, Reason
-from pageferryd.control.faults import Faults
-from pageferryd.destination.handoff import HandoffListener
 from pageferryd.destination.session import Session
 from pageferryd.linux.pidfd import PidFd
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pageferryd.config import Settings
-    from pageferryd.core.layout import Layout
-    from pageferryd.destination.handed_over import Handoff
+    from pageferryd.control.landing import Landing
+    from pageferryd.destination.handed_over import HandedOver
     from pageferryd.destination.installer import Installer
-    from pageferryd.destination.lanes import LaneOpener, Lanes
     from pageferryd.destination.session import SessionOptions
-    from pageferryd.vmm.driver import FaultEndpoint, VmmDriver
 
 
 class VmmWatch:
@@ -45,61 +39,44 @@ class VmmWatch:
             process.close()
 
 
-@dataclass(frozen=True)
-class Waiting:
-    """A VMM that waits for a guest: how to reach it, its memory, and its process."""
-
-    driver: VmmDriver
-    layout: Layout
-    pid: int
-
-
 class Arrival:
     """A waiting VMM's memory, and the session that fills it."""
 
-    def __init__(self, handoff: Handoff, session: Session, installer: Installer, faults: Faults, pid: int) -> None:
+    def __init__(self, memory: HandedOver, session: Session, installer: Installer, landing: Landing) -> None:
         self.session = session
-        self._handoff = handoff
+        self._memory = memory
         self._installer = installer
-        self._faults = faults
-        self.pid = pid
-        self.spans = list(handoff.spans())
+        self._landing = landing
+        self.pid = landing.vmm.pid
+        self.spans = list(memory.spans())
         """Where the guest's ordinary memory is mapped in its VMM: (address, bytes)."""
         self._watch: VmmWatch | None = None
         self._held = False
 
     @classmethod
-    async def take_over(
+    async def of(
         cls,
-        vmm: Waiting,
-        name: str,
-        settings: Settings,
-        opener: LaneOpener,
-        lanes: Lanes,
+        landing: Landing,
+        asked: asyncio.Task[None],
         options: SessionOptions,
         paused: Callable[[FerryError | None], None],
     ) -> Arrival:
-        """Have the VMM hand its memory over, to be filled by the open `lanes` and, when these are lost, by `opener`'s.
+        """Receive the memory while `asked` has it handed over.
 
-        `name` tells this arrival's sockets in the runtime directory from those of others. FerryError: HANDOFF_*; the
-        lanes are closed then.
+        FerryError: HANDOFF_*, or what `asked` fails with; the landing is abandoned then.
         """
-        faults: Faults | None = None
         try:
-            faults = await Faults.start(settings, name, vmm.pid)
-            handoff = await _hand_off(vmm, settings, name, faults.endpoint)
+            memory = await landing.memory(asked)
         except BaseException:
-            await lanes.close()
-            if faults is not None:
-                await faults.stop()
+            await landing.abandon()
             raise
-        exit_door, doors = handoff.doors()
-        installer = handoff.installer()
-        session = Session(handoff.layout, doors, installer, opener, options, paused, lanes)
-        arrival = cls(handoff, session, installer, faults, vmm.pid)
-        faults.connect(exit_door, session, handoff)
+        exit_door, doors = memory.doors()
+        installer = memory.installer()
+        session = Session(memory.layout, doors, installer, landing.opener, options, paused, landing.take_lanes())
+        arrival = cls(memory, session, installer, landing)
+        landing.pager_faults.connect(exit_door, session, memory)
         try:
-            arrival._watch = VmmWatch(vmm.pid, lambda: arrival._vmm_ended(vmm.pid))
+            arrival._watch = VmmWatch(arrival.pid, arrival._vmm_ended)
         except BaseException:
             # The guest has never run: nobody can read what is missing.
             await arrival.abandon()
@@ -107,15 +84,16 @@ class Arrival:
         return arrival
 
     async def let_go(self) -> None:
-        """Every page is in: the guest needs the sidecar no longer."""
+        """Every page is in: as soon as the VMM asks for nothing more, the guest needs the sidecar no longer."""
+        await self._memory.finished()
         await self._stop()
         self._installer.release()
-        self._handoff.connection.close()
+        self._memory.let_go()
 
     async def abandon(self) -> None:
         """The VMM has ended, or was never to run: its memory is nobody's."""
         await self._stop()
-        self._handoff.close()
+        self._memory.close()
 
     async def hold(self) -> None:
         """Stop, and keep the guest's memory guarded: who touches a missing page waits, and reads no zeroes.
@@ -125,11 +103,11 @@ class Arrival:
         self._held = True
         await self._stop_serving()
 
-    def _vmm_ended(self, pid: int) -> None:
+    def _vmm_ended(self) -> None:
         if self._held:
-            self._handoff.close()
+            self._memory.close()
         else:
-            self.session.fail(_gone(pid))
+            self.session.fail(_gone(self.pid))
 
     async def _stop(self) -> None:
         if self._watch is not None:
@@ -137,30 +115,8 @@ class Arrival:
         await self._stop_serving()
 
     async def _stop_serving(self) -> None:
-        await self._faults.stop()
+        await self._landing.close()
         await self.session.close()
-
-
-async def _hand_off(vmm: Waiting, settings: Settings, name: str, faults: FaultEndpoint) -> Handoff:
-    """Ask the VMM to connect, and receive; whichever fails first tells why."""
-    listener = HandoffListener(settings.runtime_dir / f"handoff-{name}.sock", vmm.layout, vmm.pid)
-    receiving = asyncio.create_task(listener.receive(settings.limits.prepare_timeout))
-    asking = asyncio.create_task(vmm.driver.attach_pager(str(listener.path), faults))
-    try:
-        await asyncio.wait({receiving, asking}, return_when=asyncio.FIRST_EXCEPTION)
-        if receiving.done() and not asking.done():
-            receiving.result()
-        await asking
-        return await receiving
-    except BaseException:
-        if receiving.done() and not receiving.cancelled() and receiving.exception() is None:
-            receiving.result().close()
-        raise
-    finally:
-        for task in (receiving, asking):
-            task.cancel()
-        await asyncio.gather(receiving, asking, return_exceptions=True)
-        listener.close()
 
 
 def _gone(pid: int) -> FerryError:

@@ -20,9 +20,11 @@ from pageferryd.vmm.driver import FaultEndpoint
 if TYPE_CHECKING:
     from pageferryd.config import Settings
     from pageferryd.destination.exit_door import ExitDoor
-    from pageferryd.destination.handed_over import Handoff
+    from pageferryd.destination.handed_over import HandedOver
     from pageferryd.destination.session import Session
+    from pageferryd.linux.vmm_directory import VmmDirectory
 
+_SOCKET = "faults.sock"
 MAX_CALLS = 16
 """Calls at once of one VMM, which needs one stream and a call for each thread that converts."""
 
@@ -30,15 +32,15 @@ MAX_CALLS = 16
 class Faults:
     """One guest's. The socket belongs to the VMM's user, and whoever calls must show the VMM's secret."""
 
-    def __init__(self, path: Path, server: grpc.aio.Server, servicer: FaultServicer, token: bytes) -> None:
-        self.endpoint = FaultEndpoint(str(path), token)
+    def __init__(self, path: Path, endpoint: FaultEndpoint, server: grpc.aio.Server, servicer: FaultServicer) -> None:
+        self.endpoint = endpoint
         self._path = path
         self._server = server
         self._servicer = servicer
         self._json: JsonFaults | None = None
 
     @classmethod
-    async def start(cls, settings: Settings, name: str, pid: int) -> Self:
+    async def start(cls, settings: Settings, directory: VmmDirectory, pid: int) -> Self:
         """Listen for the VMM of process `pid`; faults are refused until `connect`. FerryError(PERMISSION_MISSING)."""
         token = secrets.token_bytes(TOKEN_BYTES)
         servicer = FaultServicer(token)
@@ -46,7 +48,7 @@ class Faults:
             interceptors=[Guard(settings)], options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS
         )
         fault_pb2_grpc.add_FaultServiceServicer_to_server(servicer, server)
-        path = settings.runtime_dir / f"faults-{name}.sock"
+        path = directory.path / _SOCKET
         try:
             _bind(server, path, pid)
         except (RuntimeError, OSError) as error:
@@ -54,13 +56,14 @@ class Faults:
             path.unlink(missing_ok=True)
             raise FerryError(Reason.PERMISSION_MISSING, f"cannot serve the VMM's faults at {path}: {error}") from error
         await server.start()
-        return cls(path, server, servicer, token)
+        return cls(path, FaultEndpoint(str(directory.seen / _SOCKET), token), server, servicer)
 
-    def connect(self, door: ExitDoor, session: Session, handoff: Handoff) -> None:
+    def connect(self, door: ExitDoor, session: Session, memory: HandedOver) -> None:
         """Take faults for this door from now on."""
         self._servicer.connect(door, session)
-        self._json = JsonFaults(handoff.connection, door, handoff.layout)
-        self._json.open()
+        if memory.connection is not None:
+            self._json = JsonFaults(memory.connection, door, memory.layout)
+            self._json.open()
 
     async def stop(self) -> None:
         """Stop, and remove the socket."""

@@ -5,28 +5,33 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from pageferry.errors import FerryError, Reason
-from pageferryd.control.arrival import Arrival, Waiting
+from pageferry.v1 import incoming_pb2
+from pageferryd.control.arrival import Arrival
 from pageferryd.control.figures import figures_of
+from pageferryd.control.fitting import refuse_unfit
+from pageferryd.control.landing import Landing, Waiting
 from pageferryd.control.limits import pacing_options, session_options
 from pageferryd.control.view import RateMeter, add_session, layout_of, migration_of
 from pageferryd.core.errors import LayoutError
 from pageferryd.core.lifecycle import State
 from pageferryd.destination.grpc_lanes import GrpcLaneOpener, Source
 from pageferryd.linux.collapse import big_bytes, collapse
-from pageferryd.vmm.driver import Activity
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from pageferry.tls import TlsFiles
-    from pageferry.v1 import incoming_pb2, migration_pb2
+    from pageferry.v1 import memory_pb2, migration_pb2
     from pageferryd.config import Limits, Settings
     from pageferryd.control.record import MigrationRecord
     from pageferryd.control.registry import Guest, GuestRegistry
     from pageferryd.core.figures import Figures
+    from pageferryd.core.layout import Layout
 
 _log = structlog.get_logger(__name__)
 
@@ -51,7 +56,10 @@ class Incoming:
         self._guest = guest
         self._around = around
         self._loop = asyncio.get_running_loop()
+        self._request = incoming_pb2.PrepareRequest()
+        self._landing: Landing | None = None
         self._arrival: Arrival | None = None
+        self._pid = 0
         self._task: asyncio.Task[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._giving_up: asyncio.Task[None] | None = None
@@ -74,7 +82,7 @@ class Incoming:
             self.record.lifecycle.to(State.PREPARING)
             try:
                 async with asyncio.timeout(self._limits.prepare_timeout):
-                    await self._take_over(request)
+                    await self._ready_vmm(request)
             except FerryError as error:
                 await self._give_up(error)
                 raise
@@ -95,58 +103,74 @@ class Incoming:
             wait = self._limits.prepare_timeout + self._limits.handover_timeout
             self._deadline = self._loop.call_later(wait, self._no_commit)
 
-    async def _take_over(self, request: incoming_pb2.PrepareRequest) -> None:
-        guest = self._guest
-        description = await guest.driver.describe()
-        if description.activity is not Activity.INCOMING:
-            raise FerryError(
-                Reason.GUEST_NOT_INCOMING,
-                f"the VMM of guest {guest.guest_id} is {description.activity.value}: start one that waits for a guest",
-            )
-        try:
-            theirs = layout_of(request.layout)
-        except LayoutError as error:
-            raise FerryError(Reason.LAYOUT_INVALID, f"the source's memory layout cannot be: {error}") from error
-        if not description.layout.same_as(theirs):
-            raise FerryError(
-                Reason.LAYOUT_MISMATCH,
-                f"guest {guest.guest_id} has {theirs.page_count} pages in {len(theirs.regions)} regions at the source, "
-                f"its VMM here {description.layout.page_count} in {len(description.layout.regions)}, or at other "
-                "addresses: start it with the same memory",
-            )
+    async def _ready_vmm(self, request: incoming_pb2.PrepareRequest) -> None:
+        self._request = request
+        description = await self._guest.driver.describe()
+        self._pid = description.pid
+        theirs = _layout_in(request.layout) if request.HasField("layout") else None
+        refuse_unfit(self._guest, description, request, theirs)
         # It may have been aborted meanwhile, and the guest be another migration's.
         self._refuse_ended()
-        record = self.record
-        source = Source(
-            record.migration_id, request.page_address, request.source_name, request.token, description.layout
-        )
+        layout = description.layout or theirs
+        if theirs is not None and layout is not None:
+            await self._land(layout)
+
+    async def _land(self, layout: Layout) -> None:
+        """Open the lanes and ready the VMM; have its memory handed over, unless that comes with the state."""
+        request, driver = self._request, self._guest.driver
+        source = Source(request.migration_id, request.page_address, request.source_name, request.token, layout)
         opener = GrpcLaneOpener(source, self._around.tls, self._limits.lane_silence_timeout)
-        lanes = await opener.open()
+        waiting = Waiting(driver, layout, self._pid)
+        self._landing = await Landing.open(waiting, request.migration_id, self._around.settings, opener)
         # From here on the VMM knows of this migration, and can serve no other.
         self._touched = True
-        self._arrival = await Arrival.take_over(
-            Waiting(guest.driver, description.layout, description.pid),
-            record.migration_id,
-            self._around.settings,
-            opener,
-            lanes,
-            session_options(request.limits, self._limits),
-            self._paused,
-        )
+        if driver.memory_comes_with_state:
+            await driver.attach_pager(self._landing)
+        else:
+            await self._arrive(driver.attach_pager(self._landing))
+
+    async def _arrive(
+        self, asking: Coroutine[Any, Any, None], arrived: Callable[[Arrival], None] | None = None
+    ) -> None:
+        """Receive the memory from a VMM while it is asked for it; `arrived` is called before the asking is over."""
+        asked = asyncio.create_task(asking)
+        try:
+            landing, self._landing = self._landing, None
+            if landing is None:
+                raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.record.migration_id} has nowhere to land")
+            options = session_options(self._request.limits, self._limits)
+            self._arrival = await Arrival.of(landing, asked, options, self._paused)
+            if arrived is not None:
+                arrived(self._arrival)
+            await asked
+        finally:
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
 
     def _refuse_ended(self) -> None:
         if self.record.state.final:
             raise self.record.error or FerryError(Reason.ABORTED_BY_SOURCE, "the source gave up")
 
-    async def hand_over(self, state: bytes) -> None:
+    async def hand_over(self, request: incoming_pb2.HandOverRequest) -> None:
         """Load the state of the guest, which stands still at the source: its memory is served from now on."""
         async with self._turn:
             self.record.lifecycle.require(State.PREPARING)
-            arrival = self._ready()
+            if self._landing is None and self._arrival is None:
+                await self._land(_layout_in(request.layout))
             self.record.lifecycle.to(State.HANDING_OVER)
-            arrival.session.open_doors()
-            self._task = asyncio.create_task(self._run(arrival))
-            await self._guest.driver.load_state(state)
+            if self._landing is None:
+                self._serve(self._ready())
+                await self._guest.driver.load_state(request.state)
+                return
+            await self._arrive(self._guest.driver.load_state(request.state), self._serve)
+            if self.record.state.final:
+                # It was given up while the memory was on its way here.
+                await self._clean_up()
+                self._refuse_ended()
+
+    def _serve(self, arrival: Arrival) -> None:
+        arrival.session.open_doors()
+        self._task = asyncio.create_task(self._run(arrival))
 
     async def commit(self) -> None:
         """Run the guest. It is this host's from the first line on, whatever happens to the rest."""
@@ -311,6 +335,9 @@ class Incoming:
     async def _clean_up(self) -> None:
         if self._touched:
             await self._kill()
+        landing, self._landing = self._landing, None
+        if landing is not None:
+            await landing.abandon()
         if self._arrival is not None:
             await self._arrival.abandon()
             self._forget_arrival()
@@ -350,3 +377,10 @@ class Incoming:
     @property
     def _limits(self) -> Limits:
         return self._around.settings.limits
+
+
+def _layout_in(message: memory_pb2.MemoryLayout) -> Layout:
+    try:
+        return layout_of(message)
+    except LayoutError as error:
+        raise FerryError(Reason.LAYOUT_INVALID, f"the source's memory layout cannot be: {error}") from error

@@ -101,7 +101,7 @@ class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
         self, request: incoming_pb2.HandOverRequest, context: _Context
     ) -> incoming_pb2.HandOverResponse:
         """Load the state."""
-        await self._find(request.migration_id, context).hand_over(request.state)
+        await self._find(request.migration_id, context).hand_over(request)
         return incoming_pb2.HandOverResponse()
 
     async def Commit(  # noqa: N802

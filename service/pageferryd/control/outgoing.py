@@ -12,6 +12,7 @@ import structlog
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import incoming_pb2, migration_pb2
 from pageferryd.control.exporting import exporter
+from pageferryd.control.fitting import refuse_immovable
 from pageferryd.control.following import Following
 from pageferryd.control.peer import PROTOCOL_VERSION, Destination
 from pageferryd.control.view import migration_of
@@ -20,13 +21,13 @@ from pageferryd.core.lifecycle import State
 from pageferryd.source.memory import SourceMemory
 from pageferryd.source.page_service import layout_to_proto
 from pageferryd.source.served import TOKEN_BYTES, Served
-from pageferryd.vmm.driver import Activity, Description
 
 if TYPE_CHECKING:
     from pageferryd.control.incoming import Surroundings
     from pageferryd.control.record import MigrationRecord
     from pageferryd.control.registry import Guest
     from pageferryd.source.page_service import PageService
+    from pageferryd.vmm.driver import Description, Memory
 
 _log = structlog.get_logger(__name__)
 
@@ -46,6 +47,7 @@ class Outgoing:
         self._page_address = page_address
         self._destination: Destination | None = None
         self._announced = record.limits
+        self._token = secrets.token_bytes(TOKEN_BYTES)
         self._completed = asyncio.Event()
         self._following = Following(record, self._completed, around.settings.limits)
         self._paused_at: float | None = None
@@ -125,42 +127,46 @@ class Outgoing:
         record, guest = self.record, self._guest
         record.lifecycle.to(State.PREPARING)
         description = await guest.driver.describe()
-        if description.activity is not Activity.RUNNING:
-            raise FerryError(
-                Reason.GUEST_NOT_RUNNING,
-                f"guest {guest.guest_id} is {description.activity.value}: only a running guest can be moved",
-            )
+        refuse_immovable(guest, description)
         self._destination = Destination(
             record.destination_address, record.destination_name, self._around.tls, record.migration_id
         )
         answer = await self._destination.probe(guest.guest_id)
         if not record.destination_name:
             record.destination_name = answer.host
-        await self._offer(description)
+        if description.memory is not None:
+            self._offer(description.memory)
+        await self._have_prepared(description)
         while self._announced is not record.limits:
             # They were changed meanwhile.
             self._announced = record.limits
             await self._peer().limit(record.limits)
 
-    async def _offer(self, description: Description) -> None:
-        """Offer the memory, and have the destination's VMM readied for it."""
-        record = self.record
-        token = secrets.token_bytes(TOKEN_BYTES)
-        memory = SourceMemory.open(description.layout, description.locations, description.pid)
+    def _offer(self, memory: Memory) -> Served:
+        """Offer the memory to the destination; it is not read yet."""
+        record, layout = self.record, memory.layout
+        source = SourceMemory.open(layout, memory.locations, memory.holder)
         self.served = Served(
-            record.migration_id, token, record.destination_name, memory, description.layout, self._completed.set
+            record.migration_id, self._token, record.destination_name, source, layout, self._completed.set
         )
         self._pages.offer(self.served)
+        return self.served
+
+    async def _have_prepared(self, description: Description) -> None:
+        """Have the destination's VMM readied."""
+        record, memory = self.record, description.memory
         self._announced = record.limits
         request = incoming_pb2.PrepareRequest(
             migration_id=record.migration_id,
             guest_id=record.guest_id,
             protocol_version=PROTOCOL_VERSION,
-            layout=layout_to_proto(description.layout),
+            layout=layout_to_proto(memory.layout) if memory is not None else None,
             page_address=self._page_address,
             source_name=record.source_name,
-            token=token,
+            token=self._token,
             limits=record.limits,
+            driver=self._guest.driver_name,
+            machine=description.machine,
         )
         await self._peer().prepare(request, self._around.settings.limits.prepare_timeout + 5.0)
 
@@ -170,12 +176,16 @@ class Outgoing:
         self.record.lifecycle.to(State.HANDING_OVER)
         self._paused_at = time.monotonic()
         await driver.pause()
-        state, private = await asyncio.gather(driver.save_state(), driver.private_pages())
-        if self.served is not None:
-            layout = self.served.layout
-            runs = [layout.run_at(address, size) for address, size in private.ranges]
-            self.served.open(runs, exporter(driver, layout) if private.opaque else None)
-        await self._peer().hand_over(state, self._around.settings.limits.handover_timeout)
+        saved, private = await asyncio.gather(driver.save_state(), driver.private_pages())
+        served, told_now = self.served, None
+        if saved.memory is not None:
+            served, told_now = self._offer(saved.memory), layout_to_proto(saved.memory.layout)
+        if served is None:
+            raise FerryError(Reason.VMM_FAILED, f"the VMM of guest {self._guest.guest_id} did not tell its memory")
+        layout = served.layout
+        runs = [layout.run_at(address, size) for address, size in private.ranges]
+        served.open(runs, exporter(driver, layout) if private.opaque else None)
+        await self._peer().hand_over(saved.state, told_now, self._around.settings.limits.handover_timeout)
 
     async def _commit(self) -> None:
         """Give the guest away. It never runs here from now on, unless the destination says it never did there."""

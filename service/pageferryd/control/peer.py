@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from pageferry.tls import TlsFiles
-    from pageferry.v1 import migration_pb2
+    from pageferry.v1 import memory_pb2, migration_pb2
 
 PROTOCOL_VERSION = 1
 _QUICK_SECONDS = 10.0
@@ -46,9 +46,9 @@ class Destination:
         """Have the destination's VMM readied."""
         await self._call(self._stub.Prepare, request, seconds)
 
-    async def hand_over(self, state: bytes, seconds: float) -> None:
-        """Have the device state loaded."""
-        request = incoming_pb2.HandOverRequest(migration_id=self._migration_id, state=state)
+    async def hand_over(self, state: bytes, layout: memory_pb2.MemoryLayout | None, seconds: float) -> None:
+        """Have the device state loaded; `layout` is the memory's, where `prepare` could not tell it."""
+        request = incoming_pb2.HandOverRequest(migration_id=self._migration_id, state=state, layout=layout)
         await self._call(self._stub.HandOver, request, seconds)
 
     async def commit(self) -> None:

@@ -204,7 +204,7 @@ def _check_runtime_dir(path: Path) -> migration_pb2.Check:
         )  # fmt: skip
     if mode & 0o022:
         return _failed(name, f"others may replace the sockets in {path} (mode {mode:04o})", f"`chmod 0700 {path}`")
-    if mode & 0o077:
+    if mode & 0o044:
         return _warning(name, f"others may look into {path} (mode {mode:04o})", f"`chmod 0700 {path}`")
     return _ok(name, f"{path} is writable and private")
 

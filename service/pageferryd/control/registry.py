@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import migration_pb2
-from pageferryd.core.layout import PAGE_SIZE
+from pageferryd.control.fitting import memory_bytes
 from pageferryd.vmm.driver import Activity, Description, VmmDriver
 
 MAX_GUESTS = 4096
@@ -108,8 +108,10 @@ class GuestRegistry:
     async def _look_or_plain(self, guest: Guest) -> migration_pb2.Guest:
         try:
             return await self.look(guest)
-        except FerryError:
-            return _plain(guest)
+        except FerryError as error:
+            message = _plain(guest)
+            message.obstacles.append(error.message)
+            return message
 
     async def look(self, guest: Guest) -> migration_pb2.Guest:
         """Ask the VMM, and return the guest as it is."""
@@ -127,12 +129,19 @@ def _plain(guest: Guest) -> migration_pb2.Guest:
 
 def _described(guest: Guest, description: Description) -> migration_pb2.Guest:
     message = _plain(guest)
-    message.memory_bytes = description.layout.page_count * PAGE_SIZE
+    message.memory_bytes = memory_bytes(description)
     message.pid = description.pid
     if guest.migration_id is not None:
         message.state = migration_pb2.GUEST_STATE_MIGRATING
+        message.obstacles.append(f"it is in migration {guest.migration_id}")
     elif description.activity is Activity.INCOMING:
         message.state = migration_pb2.GUEST_STATE_INCOMING
+        message.obstacles.append("its VMM waits for the guest to come")
+    elif description.activity is Activity.PAUSED:
+        message.state = migration_pb2.GUEST_STATE_PAUSED
+        message.obstacles.append("it is paused: only a running guest can be moved")
     else:
         message.state = migration_pb2.GUEST_STATE_RUNNING
+    message.obstacles.extend(description.obstacles)
+    message.movable = not message.obstacles
     return message

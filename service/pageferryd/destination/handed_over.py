@@ -6,10 +6,12 @@ order; without a userfaultfd the other two.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from pageferry.errors import FerryError, Reason
 from pageferryd.core.layout import PAGE_SIZE, Layout, Region
+from pageferryd.destination.address_map import AddressMap
 from pageferryd.destination.exit_door import ExitDoor
 from pageferryd.destination.memfd_installer import MemfdInstaller
 from pageferryd.destination.uffd_door import UffdDoor
@@ -22,12 +24,41 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator, Sequence
 
-    from pageferryd.destination.address_map import AddressMap
     from pageferryd.destination.door import FaultDoor
     from pageferryd.destination.installer import Installer
 
 MAX_FDS = 3
 _LARGEST_UFFD_PAGE = 512 << 20
+
+
+class HandedOver(Protocol):
+    """A guest's memory at its destination, by whatever way it came into the sidecar's hands."""
+
+    @property
+    def layout(self) -> Layout:
+        """How its pages are installed."""
+
+    @property
+    def connection(self) -> socket.socket | None:
+        """Where its VMM may send faults as JSON beside the other doors."""
+
+    def installer(self) -> Installer:
+        """Return what places the pages; it owns the descriptors from then on."""
+
+    def doors(self) -> tuple[ExitDoor, Sequence[FaultDoor]]:
+        """Return the exit door, through which any guest's VMM may forward faults, and all doors."""
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Yield where memory of 4 KiB pages is mapped in the VMM, as (address, bytes); nothing where unknown."""
+
+    async def finished(self) -> None:
+        """Every page is in: wait until the VMM needs no more answers. Doors must be open meanwhile."""
+
+    def let_go(self) -> None:
+        """Close what the installer does not own, once that has let the memory go."""
+
+    def close(self) -> None:
+        """Let all of it go."""
 
 
 class Handoff(NamedTuple):
@@ -38,7 +69,7 @@ class Handoff(NamedTuple):
 
     uffd: Userfaultfd | None
     addresses: AddressMap
-    connection: socket.socket
+    connection: socket.socket | None
     layout: Layout
     memory: MemoryFile | None = None
     bitmap: UserfaultBitmap | None = None
@@ -65,12 +96,36 @@ class Handoff(NamedTuple):
             if region.page_size == PAGE_SIZE:
                 yield address, region.size
 
+    async def finished(self) -> None:
+        """Nothing to wait for: the kernel answers for pages that are in place."""
+
+    def let_go(self) -> None:
+        """Close the connection."""
+        if self.connection is not None:
+            self.connection.close()
+
     def close(self) -> None:
         """Let all of it go."""
         for owned in (self.uffd, self.memory, self.bitmap):
             if owned is not None:
                 owned.close()
-        self.connection.close()
+        self.let_go()
+
+
+def guarded(fd: int, addresses: Sequence[int], layout: Layout) -> Handoff:
+    """Make a hand-off of a userfaultfd that was taken from its VMM; it is closed where that cannot be.
+
+    FerryError: HANDOFF_NO_FD where it is none, HANDOFF_REGIONS where addresses do not fit the guest.
+    """
+    owned = [fd]
+    try:
+        _refuse_giant_pages(layout)
+        placed = AddressMap(layout, addresses)
+        return Handoff(_own(owned, fd, Userfaultfd.adopt, []), placed, None, layout)
+    except BaseException:
+        for one in owned:
+            os.close(one)
+        raise
 
 
 def assemble(fds: list[int], addresses: AddressMap, connection: socket.socket) -> Handoff:

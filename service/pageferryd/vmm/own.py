@@ -15,10 +15,12 @@ from pageferryd.core.errors import LayoutError
 from pageferryd.core.layout import Layout, Region
 from pageferryd.linux.pidfd import PidFd
 from pageferryd.linux.unix_peer import listener_pid
-from pageferryd.vmm.driver import Activity, Description, FaultEndpoint, PrivatePages
+from pageferryd.vmm.driver import Activity, Description, Memory, PrivatePages, Saved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from pageferryd.vmm.driver import PagerSeat
 
 DRIVER = "vmm"
 _QUICK_SECONDS = 5.0
@@ -36,6 +38,8 @@ _ACTIVITIES = {
 
 class VmmServiceDriver:
     """One VMM behind its socket."""
+
+    memory_comes_with_state = False
 
     def __init__(self, socket_path: str) -> None:
         """Raise FerryError(INVALID_ARGUMENT) unless the path is absolute and fits a socket address."""
@@ -63,12 +67,17 @@ class VmmServiceDriver:
                 Reason.LAYOUT_INVALID,
                 f"the VMM at {self._path} gives {len(answer.locations)} locations for {len(regions)} regions",
             )
-        return Description(layout, tuple(answer.locations), activity, self._pid)
+        memory = None
+        if activity is not Activity.INCOMING:
+            memory = Memory(layout, tuple(answer.locations), self._pid)
+        return Description(activity, self._pid, layout, memory)
 
-    async def attach_pager(self, socket_path: str, faults: FaultEndpoint) -> None:
+    async def attach_pager(self, seat: PagerSeat) -> None:
         """Have the memory handed over."""
         request = vmm_pb2.AttachPagerRequest(
-            socket_path=socket_path, fault_socket_path=faults.socket_path, fault_token=faults.token
+            socket_path=seat.socket_path,
+            fault_socket_path=seat.faults.socket_path,
+            fault_token=seat.faults.token,
         )
         await self._call(self._stub.AttachPager, request, _STATE_SECONDS)
 
@@ -76,11 +85,10 @@ class VmmServiceDriver:
         """Stop the guest."""
         await self._call(self._stub.Pause, vmm_pb2.PauseRequest(), _STATE_SECONDS)
 
-    async def save_state(self) -> bytes:
+    async def save_state(self) -> Saved:
         """Save the state."""
         answer = await self._call(self._stub.SaveState, vmm_pb2.SaveStateRequest(), _STATE_SECONDS)
-        state: bytes = answer.state
-        return state
+        return Saved(answer.state)
 
     async def private_pages(self) -> PrivatePages:
         """Ask for them; a VMM that does not know the call has none."""
