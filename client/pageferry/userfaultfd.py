@@ -44,6 +44,17 @@ def open_userfaultfd(features: int, *, optional: int = 0, user_mode_only: bool) 
     Of `optional` it has those that the kernel offers. FerryError: USERFAULTFD_UNAVAILABLE where the kernel has no
     userfaultfd or lacks a feature, PERMISSION_MISSING.
     """
+    uffd = new_userfaultfd(user_mode_only=user_mode_only)
+    try:
+        agree(uffd, features, optional=optional)
+    except BaseException:
+        os.close(uffd)
+        raise
+    return uffd
+
+
+def agree(uffd: int, features: int, *, optional: int = 0) -> None:
+    """Agree on the API of a new userfaultfd, whichever process made it, with features as in `open_userfaultfd`."""
     # UFFDIO_API refuses unknown features without naming them, and is called once a descriptor: so another is asked.
     offered = offered_features()
     missing = features & ~offered
@@ -52,13 +63,7 @@ def open_userfaultfd(features: int, *, optional: int = 0, user_mode_only: bool) 
         raise FerryError(
             Reason.USERFAULTFD_UNAVAILABLE, f"this kernel's userfaultfd lacks {names}; a newer kernel has it"
         )
-    uffd = new_userfaultfd(user_mode_only=user_mode_only)
-    try:
-        _agree(uffd, features | optional & offered)
-    except BaseException:
-        os.close(uffd)
-        raise
-    return uffd
+    _agree(uffd, features | optional & offered)
 
 
 def new_userfaultfd(*, user_mode_only: bool) -> int:

@@ -28,7 +28,10 @@ from pageferryd.linux.allocator import tune_malloc
 from pageferryd.metrics import make_registry
 from pageferryd.server import GrpcServer
 from pageferryd.source.page_service import PageService
-from pageferryd.vmm.own import DRIVER, VmmServiceDriver
+from pageferryd.vmm import own
+from pageferryd.vmm.own import VmmServiceDriver
+from pageferryd.vmm.qemu import driver as qemu
+from pageferryd.vmm.qemu.driver import QemuDriver
 
 if TYPE_CHECKING:
     from pageferryd.config import Settings
@@ -44,7 +47,7 @@ class Sidecar:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._drain = Drain()
-        self._guests = GuestRegistry({DRIVER: VmmServiceDriver})
+        self._guests = GuestRegistry({own.DRIVER: VmmServiceDriver, qemu.DRIVER: QemuDriver})
         self._pages = PageService(secure=not settings.insecure)
         self._book = MigrationBook(settings.limits.max_migrations, self._pages.withdraw)
         self._grpc = GrpcServer(settings)

@@ -1,0 +1,1 @@
+"""QEMU, attached to from outside: its monitor, its RAM blocks, its device state."""

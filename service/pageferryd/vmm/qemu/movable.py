@@ -1,0 +1,115 @@
+"""What keeps a guest of QEMU from being moved by a pager outside it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pageferry.errors import FerryError, Reason
+from pageferryd.vmm.qemu.blocks import list_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pageferryd.vmm.qemu.blocks import RamBlock
+    from pageferryd.vmm.qemu.monitor import Monitor
+
+_TARGETS = ("x86_64", "i386")
+_HUGEST = 1 << 30
+# MigrationStatus in qapi/migration.json there: all but these are a migration on its way.
+_AT_REST = frozenset({"none", "completed", "failed", "cancelled"})
+_DEVICE = re.compile(r"^\s*dev: ((?:vhost-user-|vhost-vdpa-|vfio-user-)[^,\s]+), id \"(.*)\"", re.MULTILINE)
+_NETWORK = re.compile(r"^\s*(?:\\ )?(\S+): .*\btype=(vhost-user|vhost-vdpa)\b", re.MULTILINE)
+_VFIO = re.compile(r"/dev/vfio/.*|/dev/iommu|/dev/vhost-vdpa.*|anon_inode:\[vfio-device\]")
+
+
+async def obstacles(monitor: Monitor, pid: int) -> list[str]:
+    """Return a sentence for each thing that keeps the guest of process `pid` from being moved; best there are none.
+
+    FerryError: what the monitor and /proc raise.
+    """
+    found = [f"QEMU says: {reason}" for reason in await _blocked(monitor)]
+    found += await _target(monitor)
+    found += await asyncio.to_thread(_passed_through, pid)
+    found += await _other_mappers(monitor)
+    found += [
+        f"RAM block {block.name} is in pages of 1 GiB, which cannot be filled by parts: use pages of 2 MiB or 4 KiB"
+        for block in await list_blocks(monitor)
+        if block.page_size >= _HUGEST
+    ]
+    return found
+
+
+async def busy(monitor: Monitor) -> str | None:
+    """Return what QEMU is doing that must end first, as a sentence; None where nothing is."""
+    status = (await _migration(monitor)).get("status", "none")
+    if status in _AT_REST:
+        return None
+    return f"QEMU at {monitor.path} is in a migration of its own ({status}): wait for its end, or cancel it"
+
+
+def unfillable(blocks: Sequence[RamBlock]) -> list[str]:
+    """Return a sentence for each block of an incoming QEMU whose pages cannot be kept back and filled in."""
+    return [
+        f"RAM block {block.name} is a private view of a file, whose pages it would show instead of the guest's: say "
+        "share=on"
+        for block in blocks
+        if not block.is_shared and not block.is_anonymous
+    ]
+
+
+async def _migration(monitor: Monitor) -> dict[str, object]:
+    answer = await monitor.execute("query-migrate")
+    if not isinstance(answer, dict):
+        raise FerryError(Reason.VMM_FAILED, f"QEMU at {monitor.path} does not tell of its migrations")
+    return answer
+
+
+async def _blocked(monitor: Monitor) -> list[str]:
+    reasons = (await _migration(monitor)).get("blocked-reasons", [])
+    if not isinstance(reasons, list):
+        raise FerryError(Reason.VMM_FAILED, f"QEMU at {monitor.path} does not tell what blocks a migration")
+    return [str(reason) for reason in reasons]
+
+
+async def _target(monitor: Monitor) -> list[str]:
+    answer = await monitor.execute("query-target")
+    arch = answer.get("arch") if isinstance(answer, dict) else None
+    if arch in _TARGETS:
+        return []
+    return [f"the guest is of the architecture {arch}: only {' and '.join(_TARGETS)} are moved"]
+
+
+def _passed_through(pid: int) -> list[str]:
+    """Hardware that reads and writes guest memory causes no page fault."""
+    held = set()
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                opened = str(entry.readlink())
+            except FileNotFoundError:
+                continue
+            if _VFIO.fullmatch(opened):
+                held.add(opened)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise FerryError(Reason.VMM_GONE, f"QEMU (process {pid}) is gone") from error
+    except OSError as error:
+        raise FerryError(
+            Reason.PERMISSION_MISSING,
+            f"/proc/{pid}/fd is not readable: run with CAP_SYS_PTRACE, or as QEMU's user",
+        ) from error
+    if not held:
+        return []
+    return [f"QEMU passes hardware through to the guest ({', '.join(sorted(held))}): unplug it"]
+
+
+async def _other_mappers(monitor: Monitor) -> list[str]:
+    """A device in another process maps guest memory there, where a userfaultfd of QEMU's does not reach."""
+    devices = [f"{kind} {name}".rstrip() for kind, name in _DEVICE.findall(await monitor.hmp("info qtree"))]
+    networks = [f"{kind} {name}" for name, kind in _NETWORK.findall(await monitor.hmp("info network"))]
+    return [
+        f"{what} serves the guest from outside QEMU, where its page faults are not seen: unplug it"
+        for what in [*devices, *networks]
+    ]
