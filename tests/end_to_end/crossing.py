@@ -32,17 +32,17 @@ STAY = ("--working-set", "0.1")
 """Makes a process guest touch a tenth of its pages only: the rest comes by push, or never."""
 
 
-async def until(condition: Callable[[], Awaitable[Any]], what: str) -> Any:
+async def until(condition: Callable[[], Awaitable[Any]], what: str, seconds: float = DEADLINE) -> Any:
     """Look again and again until the condition gives something true; return that."""
     try:
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(seconds):
             while True:
                 found = await condition()
                 if found:
                     return found
                 await asyncio.sleep(0.02)
     except TimeoutError:
-        raise AssertionError(f"not within {DEADLINE:g} s: {what}") from None
+        raise AssertionError(f"not within {seconds:g} s: {what}") from None
 
 
 @dataclass
@@ -152,8 +152,13 @@ class Stage:
         return self._clients[key]
 
     async def register(self, client: SidecarClient, guest_id: str, guest: Guest) -> None:
-        await client.register_guest(guest_id, guest.socket_path)
+        await self.registered(client, guest_id, guest.socket_path)
+
+    async def registered(self, client: SidecarClient, guest_id: str, socket_path: str, driver: str = "vmm") -> pb.Guest:
+        """Register a guest, to be forgotten at the end."""
+        found = await client.register_guest(guest_id, socket_path, driver)
         self._registered.append((client, guest_id))
+        return found
 
     async def crossing(
         self,

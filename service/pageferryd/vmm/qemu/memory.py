@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 
-# Blobs that QEMU makes of its own command line (hw/core/loader.c, rom_set_mr there). Older ones tell no addresses of
-# them, so one end may locate what the other does not.
+# Blobs that QEMU makes of its own command line (hw/core/loader.c, rom_set_mr there), and option ROMs that it reads from
+# files. Before QEMU 10 nothing tells their addresses, so one end may locate what the other does not.
 _BLOB = "/rom@"
+_OPTION_ROM = ".rom"
 
 
 def is_blob(name: str) -> bool:
-    """Say whether a RAM block is a blob of firmware tables, which crosses with the state."""
-    return name.startswith((_BLOB, _BLOB[1:]))
+    """Say whether a RAM block is a blob of firmware, which crosses with the state."""
+    return name.startswith((_BLOB, _BLOB[1:])) or name.endswith(_OPTION_ROM)
 
 
 def paged(found: FoundBlocks) -> list[RamBlock]:
@@ -83,7 +84,7 @@ def write_blobs(pid: int, found: FoundBlocks, blobs: Mapping[str, bytes]) -> Non
             for name, content in blobs.items():
                 block = here.get(name)
                 if block is None:
-                    # Its QEMU has made the same of the same command line; a reboot of the guest makes it anew.
+                    # This QEMU has made or read the same; a reboot of the guest makes tables anew.
                     _log.info("qemu_block_not_located", pid=pid, block=name)
                     continue
                 if block.size != len(content):
