@@ -14,9 +14,11 @@ from pageferry.errors import FerryError, Reason
 from pageferry.v1 import incoming_pb2, memory_pb2, migration_pb2
 from pageferry.vmm.memory import GuestMemory
 from pageferryd.config import Limits, Settings
-from pageferryd.control.incoming import Incoming, Surroundings
+from pageferryd.control.incoming import Incoming
+from pageferryd.control.journal import Journal
 from pageferryd.control.record import MigrationRecord
 from pageferryd.control.registry import GuestRegistry
+from pageferryd.control.surroundings import Surroundings
 from pageferryd.core.errors import IllegalTransitionError
 from pageferryd.core.layout import PAGE_SIZE, Layout
 from pageferryd.core.lifecycle import State
@@ -46,7 +48,7 @@ class Coming:
         settings = Settings(host="b", listen=["127.0.0.1:0"], insecure=True, runtime_dir=directory, limits=limits)
         self.vmm = StandInVmm(Activity.INCOMING)
         self.guests = GuestRegistry({"stand-in": lambda _address: self.vmm})
-        self._around = Surroundings(settings, None, self.guests)
+        self._around = Surroundings(settings, None, self.guests, Journal(directory / "journal"))
         self._left = GuestMemory(len(CONTENT))
         self._left.write(0, CONTENT)
         location = memory_pb2.MemoryLocation(process=memory_pb2.ProcessMemory(address=self._left.address))

@@ -13,10 +13,11 @@ from stand_in_vmm import StandInVmm
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import incoming_pb2_grpc, migration_pb2
 from pageferryd.config import Limits, Settings
-from pageferryd.control.incoming import Surroundings
+from pageferryd.control.journal import Journal
 from pageferryd.control.outgoing import Outgoing
 from pageferryd.control.record import MigrationRecord
 from pageferryd.control.registry import GuestRegistry
+from pageferryd.control.surroundings import Surroundings
 from pageferryd.core.lifecycle import State
 from pageferryd.server import GrpcServer
 from pageferryd.source.page_service import PageService
@@ -52,7 +53,11 @@ class Departure:
         )
         guest = self.guests.claim("g", "m")
         self.outgoing = Outgoing(
-            self.record, guest, Surroundings(self.settings, None, self.guests), self.pages, self.address
+            self.record,
+            guest,
+            Surroundings(self.settings, None, self.guests, Journal(self.settings.runtime_dir / "journal")),
+            self.pages,
+            self.address,
         )
         return self.outgoing
 

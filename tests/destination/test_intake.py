@@ -11,6 +11,7 @@ from scripted_installer import POISON, ZEROES, ScriptedInstaller
 from pageferryd.core.demand import FaultTimes
 from pageferryd.core.figures import FAULT_CLASSES
 from pageferryd.core.layout import PAGE_SIZE, Layout, Region
+from pageferryd.core.page_map import PageState
 from pageferryd.core.pager import Answer, Lane, Pager, PagerOptions
 from pageferryd.core.runs import POISONED, RAW, Run, decode, encode
 from pageferryd.destination.arrivals import ArrivalMap
@@ -34,7 +35,11 @@ class Way:
             return float(next(times))
 
         self.placer = Placer(self.pager, self.installer, ArrivalMap(PAGES), lambda: None, self.ended.extend, clock)
-        self.intake = FaultIntake(self.pager, self.placer, self.ended.extend, self._work, clock)
+        self.noted: list[tuple[int, int]] = []
+        self.intake = FaultIntake(self.pager, self.placer, self.ended.extend, self._work, clock, self._note)
+
+    def _note(self, first: int, pages: int) -> None:
+        self.noted.append((first, pages))
 
     def _work(self) -> None:
         self.worked += 1
@@ -113,3 +118,11 @@ def test_the_time_of_a_fault_is_when_its_door_saw_it(way: Way) -> None:
     (times,) = way.ended
     assert times.read == 1.0
     assert times.total == times.read + times.queued + times.fetched + times.installed
+
+
+def test_what_is_given_away_is_noted_and_what_was_so_before_is_not_noted_again() -> None:
+    way = Way()
+    way.take(discards=((3, 2),))
+    way.intake.restore(8, 4)
+    assert way.noted == [(3, 2)]
+    assert [way.pager.state(page) for page in (3, 4, 8, 11)] == 4 * [PageState.DISCARDED]

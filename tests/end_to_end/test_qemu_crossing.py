@@ -79,3 +79,23 @@ async def test_the_guest_works_at_its_destination_long_before_its_memory_is_ther
     assert 0 < shown.progress.pages_present < shown.progress.pages_total
     await (await hosts.client(alpha)).set_limits(hosts.migration_id, pb.Limits())
     await hosts.arrives(waiting)
+
+
+async def test_a_destination_sidecar_that_is_killed_is_started_again_and_loses_nothing(
+    hosts: QemuHosts, stage: Stage
+) -> None:
+    """QEMU keeps the userfaultfd: the guest waits, and the next sidecar takes it from there."""
+    source, destination = await stage.sidecar("source"), await stage.sidecar("destination")
+    await hosts.start(source, destination)
+    waiting = await hosts.waits()
+    await hosts.begin(push_bytes_per_second=8 << 20)
+    await hosts.becomes(source, POSTCOPY)
+    destination.process.kill()
+    await destination.exit_code()
+    await hosts.becomes(source, PAUSED)
+    again = await stage.sidecar("destination", listen=[destination.address], runtime_dir=str(destination.runtime_dir))
+    hosts.hosts[1] = again
+    shown = await hosts.arrives(waiting)
+    assert shown.progress.pages_present == shown.progress.pages_total
+    assert traces_in(hosts.guest) == []
+    assert not (again.runtime_dir / "journal").exists()

@@ -6,11 +6,13 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from pageferry.errors import FerryError, Reason
+from pageferryd.core.layout import PAGE_SIZE
 from pageferryd.destination.session import Session
+from pageferryd.linux.filled import filled
 from pageferryd.linux.pidfd import PidFd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pageferryd.control.landing import Landing
     from pageferryd.destination.handed_over import HandedOver
@@ -60,8 +62,9 @@ class Arrival:
         asked: asyncio.Task[None],
         options: SessionOptions,
         paused: Callable[[FerryError | None], None],
+        note_discard: Callable[[int, int], None],
     ) -> Arrival:
-        """Receive the memory while `asked` has it handed over.
+        """Receive the memory while `asked` has it handed over. `note_discard` is told of pages that are given away.
 
         FerryError: HANDOFF_*, or what `asked` fails with; the landing is abandoned then.
         """
@@ -72,7 +75,8 @@ class Arrival:
             raise
         exit_door, doors = memory.doors()
         installer = memory.installer()
-        session = Session(memory.layout, doors, installer, landing.opener, options, paused, landing.take_lanes())
+        lanes = landing.take_lanes()
+        session = Session(memory.layout, doors, installer, landing.opener, options, paused, lanes, note_discard)
         arrival = cls(memory, session, installer, landing)
         landing.pager_faults.connect(exit_door, session, memory)
         try:
@@ -82,6 +86,23 @@ class Arrival:
             await arrival.abandon()
             raise
         return arrival
+
+    async def look_what_is_there(self) -> None:
+        """Count pages as present that are in place: an earlier sidecar has filled them."""
+        layout = self.session.pager.layout
+        for address, region, start in zip(self.guarded_addresses, layout.regions, layout.starts, strict=True):
+            for low, high in await asyncio.to_thread(filled, self.pid, address, region.size):
+                first = start + (low - address) // PAGE_SIZE
+                self.session.pager.found(first, (high - low) // PAGE_SIZE)
+
+    def wake_all(self) -> None:
+        """Have everybody that waits for a page touch it again."""
+        self._installer.wake(0, self.session.pager.layout.page_count)
+
+    @property
+    def guarded_addresses(self) -> Sequence[int]:
+        """Where the regions lie in the VMM; empty unless a userfaultfd alone guards them."""
+        return self._memory.guarded_addresses
 
     async def let_go(self) -> None:
         """Every page is in: as soon as the VMM asks for nothing more, the guest needs the sidecar no longer."""

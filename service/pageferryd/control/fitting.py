@@ -1,4 +1,4 @@
-"""Whether a guest fits: can it leave here, and is the VMM that waits one for it?"""
+"""Whether a guest can leave here, and whether the VMM that waits can take it."""
 
 from __future__ import annotations
 

@@ -4,48 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
 from pageferry.errors import FerryError, Reason
-from pageferry.v1 import incoming_pb2
-from pageferryd.control.arrival import Arrival
+from pageferryd.control.approach import Approach
 from pageferryd.control.figures import figures_of
-from pageferryd.control.fitting import refuse_unfit
-from pageferryd.control.landing import Landing, Waiting
-from pageferryd.control.limits import pacing_options, session_options
-from pageferryd.control.view import RateMeter, add_session, layout_of, migration_of
-from pageferryd.core.errors import LayoutError
+from pageferryd.control.limits import pacing_options
+from pageferryd.control.view import RateMeter, add_session, migration_of
 from pageferryd.core.lifecycle import State
-from pageferryd.destination.grpc_lanes import GrpcLaneOpener, Source
 from pageferryd.linux.collapse import big_bytes, collapse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-
-    from pageferry.tls import TlsFiles
-    from pageferry.v1 import memory_pb2, migration_pb2
-    from pageferryd.config import Limits, Settings
+    from pageferry.v1 import incoming_pb2, migration_pb2
+    from pageferryd.config import Limits
+    from pageferryd.control.arrival import Arrival
+    from pageferryd.control.journal import Arriving
     from pageferryd.control.record import MigrationRecord
-    from pageferryd.control.registry import Guest, GuestRegistry
+    from pageferryd.control.registry import Guest
+    from pageferryd.control.surroundings import Surroundings
     from pageferryd.core.figures import Figures
-    from pageferryd.core.layout import Layout
 
 _log = structlog.get_logger(__name__)
 
 _COLLAPSE_SECONDS = 2.0
 """How long the end of a migration waits for huge mappings; they go on being made after that."""
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What every migration of this sidecar works with."""
-
-    settings: Settings
-    tls: TlsFiles | None
-    guests: GuestRegistry
 
 
 class Incoming:
@@ -56,16 +40,12 @@ class Incoming:
         self._guest = guest
         self._around = around
         self._loop = asyncio.get_running_loop()
-        self._request = incoming_pb2.PrepareRequest()
-        self._landing: Landing | None = None
-        self._arrival: Arrival | None = None
-        self._pid = 0
+        self._approach = Approach(guest, around, self._paused)
         self._task: asyncio.Task[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._giving_up: asyncio.Task[None] | None = None
         self._no_commits: asyncio.Task[None] | None = None
         self._collapsing: asyncio.Task[None] | None = None
-        self._touched = False
         self._committed = False
         self._running = False
         self._resumed_at = 0.0
@@ -82,7 +62,7 @@ class Incoming:
             self.record.lifecycle.to(State.PREPARING)
             try:
                 async with asyncio.timeout(self._limits.prepare_timeout):
-                    await self._ready_vmm(request)
+                    await self._approach.ready(request, self._refuse_ended)
             except FerryError as error:
                 await self._give_up(error)
                 raise
@@ -103,50 +83,6 @@ class Incoming:
             wait = self._limits.prepare_timeout + self._limits.handover_timeout
             self._deadline = self._loop.call_later(wait, self._no_commit)
 
-    async def _ready_vmm(self, request: incoming_pb2.PrepareRequest) -> None:
-        self._request = request
-        description = await self._guest.driver.describe()
-        self._pid = description.pid
-        theirs = _layout_in(request.layout) if request.HasField("layout") else None
-        refuse_unfit(self._guest, description, request, theirs)
-        # It may have been aborted meanwhile, and the guest be another migration's.
-        self._refuse_ended()
-        layout = description.layout or theirs
-        if theirs is not None and layout is not None:
-            await self._land(layout)
-
-    async def _land(self, layout: Layout) -> None:
-        """Open the lanes and ready the VMM; have its memory handed over, unless that comes with the state."""
-        request, driver = self._request, self._guest.driver
-        source = Source(request.migration_id, request.page_address, request.source_name, request.token, layout)
-        opener = GrpcLaneOpener(source, self._around.tls, self._limits.lane_silence_timeout)
-        waiting = Waiting(driver, layout, self._pid)
-        self._landing = await Landing.open(waiting, request.migration_id, self._around.settings, opener)
-        # From here on the VMM knows of this migration, and can serve no other.
-        self._touched = True
-        if driver.memory_comes_with_state:
-            await driver.attach_pager(self._landing)
-        else:
-            await self._arrive(driver.attach_pager(self._landing))
-
-    async def _arrive(
-        self, asking: Coroutine[Any, Any, None], arrived: Callable[[Arrival], None] | None = None
-    ) -> None:
-        """Receive the memory from a VMM while it is asked for it; `arrived` is called before the asking is over."""
-        asked = asyncio.create_task(asking)
-        try:
-            landing, self._landing = self._landing, None
-            if landing is None:
-                raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.record.migration_id} has nowhere to land")
-            options = session_options(self._request.limits, self._limits)
-            self._arrival = await Arrival.of(landing, asked, options, self._paused)
-            if arrived is not None:
-                arrived(self._arrival)
-            await asked
-        finally:
-            asked.cancel()
-            await asyncio.gather(asked, return_exceptions=True)
-
     def _refuse_ended(self) -> None:
         if self.record.state.final:
             raise self.record.error or FerryError(Reason.ABORTED_BY_SOURCE, "the source gave up")
@@ -155,14 +91,9 @@ class Incoming:
         """Load the state of the guest, which stands still at the source: its memory is served from now on."""
         async with self._turn:
             self.record.lifecycle.require(State.PREPARING)
-            if self._landing is None and self._arrival is None:
-                await self._land(_layout_in(request.layout))
+            await self._approach.ready_late(request.layout)
             self.record.lifecycle.to(State.HANDING_OVER)
-            if self._landing is None:
-                self._serve(self._ready())
-                await self._guest.driver.load_state(request.state)
-                return
-            await self._arrive(self._guest.driver.load_state(request.state), self._serve)
+            await self._approach.load(request.state, self._serve)
             if self.record.state.final:
                 # It was given up while the memory was on its way here.
                 await self._clean_up()
@@ -183,7 +114,7 @@ class Incoming:
                 self._resumed_at = time.monotonic()
                 await self._guest.driver.resume()
                 self._running = True
-                self._ready().session.start_push()
+                self._approach.arrived().session.start_push()
                 record.changes.notify()
 
     def _become_owner(self) -> None:
@@ -191,6 +122,8 @@ class Incoming:
         if record.state.final:
             why = record.error.message if record.error is not None else "it was given up"
             raise FerryError(Reason.NEVER_RAN, f"migration {record.migration_id} ended before its commit: {why}")
+        record.lifecycle.require(State.HANDING_OVER)
+        self._around.journal.owns(self._approach.noted())
         record.lifecycle.to(State.POSTCOPY)
         self._committed = True
         if self._deadline is not None:
@@ -198,6 +131,31 @@ class Incoming:
         if record.error is not None:
             # The lanes were lost meanwhile.
             record.lifecycle.to(State.POSTCOPY_PAUSED)
+
+    async def go_on(self, arriving: Arriving) -> None:
+        """Fill on the memory of a guest that became this host's before an earlier sidecar of it ended.
+
+        What cannot go on fails, and is noted still: the guest waits.
+        """
+        record = self.record
+        for state in (State.PREPARING, State.HANDING_OVER, State.POSTCOPY):
+            record.lifecycle.to(state)
+        self._committed = True
+        self._resumed_at = time.monotonic()
+        async with self._turn:
+            try:
+                arrival = await self._approach.retake(arriving)
+                self._serve(arrival)
+                await self._guest.driver.resume()
+                self._running = True
+                arrival.session.start_push()
+            except FerryError as error:
+                _log.error("migration_not_resumed", migration=record.migration_id, detail=error.message)
+                if self.arrival is not None:
+                    await self._break_off(self.arrival, error)
+                record.fail(error)
+                if error.reason is Reason.VMM_GONE:
+                    self._around.journal.ended(record.migration_id)
 
     async def abort(self, reason: str) -> None:
         """Give up, since the source does."""
@@ -213,21 +171,21 @@ class Incoming:
     def reconnect(self) -> None:
         """Try lost lanes again now."""
         self.record.lifecycle.require(State.POSTCOPY_PAUSED)
-        self._ready().session.reconnect_now()
+        self._approach.arrived().session.reconnect_now()
 
     def limit(self, limits: migration_pb2.Limits) -> None:
         """Put new limits into force."""
         if self.record.state.final:
             raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.record.migration_id} has ended")
         self.record.limits = limits
-        self._ready().session.set_pacing(pacing_options(limits, self._limits))
+        self._approach.arrived().session.set_pacing(pacing_options(limits, self._limits))
         self.record.changes.notify()
 
     def view(self) -> migration_pb2.Migration:
         """Return the migration as it stands."""
         message = migration_of(self.record)
-        if self._arrival is not None:
-            session = self._arrival.session
+        if self.arrival is not None:
+            session = self.arrival.session
             add_session(message, session, self._rate.rate(session.pager.counts.push_bytes))
         elif self._last is not None:
             message.progress.MergeFrom(self._last.progress)
@@ -238,7 +196,7 @@ class Incoming:
     @property
     def arrival(self) -> Arrival | None:
         """The guest's memory while it comes."""
-        return self._arrival
+        return self._approach.arrival
 
     async def stop(self) -> None:
         """The sidecar ends: stop, with missing pages guarded for as long as the VMM keeps its userfaultfd."""
@@ -249,8 +207,8 @@ class Incoming:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        if self._arrival is not None:
-            await self._arrival.hold()
+        if self.arrival is not None:
+            await self.arrival.hold()
 
     async def _run(self, arrival: Arrival) -> None:
         """Fill the memory to the end; whatever goes wrong ends in a state of the record."""
@@ -269,6 +227,7 @@ class Incoming:
         record = self.record
         record.postcopy_seconds = time.monotonic() - self._resumed_at
         await arrival.let_go()
+        self._around.journal.ended(record.migration_id)
         self._forget_arrival()
         self._guest.migration_id = None
         record.error = None
@@ -295,6 +254,7 @@ class Incoming:
             return
         if error.reason is Reason.VMM_GONE:
             await arrival.abandon()
+            self._around.journal.ended(self.record.migration_id)
             self._forget_arrival()
             await self._around.guests.forget(self._guest)
             self._let_guest_go()
@@ -333,14 +293,10 @@ class Incoming:
         await self._clean_up()
 
     async def _clean_up(self) -> None:
-        if self._touched:
+        if self._approach.touched:
             await self._kill()
-        landing, self._landing = self._landing, None
-        if landing is not None:
-            await landing.abandon()
-        if self._arrival is not None:
-            await self._arrival.abandon()
-            self._forget_arrival()
+        await self._approach.abandon()
+        self._forget_arrival()
         self._let_guest_go()
 
     def _let_guest_go(self) -> None:
@@ -357,9 +313,9 @@ class Incoming:
     def _forget_arrival(self) -> None:
         """Keep the last figures, and let the bookkeeping of every page go."""
         self._last = self.view()
-        if self._arrival is not None:
-            self.final_figures = figures_of(self._arrival)
-        self._arrival = None
+        if self.arrival is not None:
+            self.final_figures = figures_of(self.arrival)
+        self._approach.arrival = None
 
     def _paused(self, error: FerryError | None) -> None:
         record = self.record
@@ -369,18 +325,6 @@ class Incoming:
         elif error is None and record.state is State.POSTCOPY_PAUSED:
             record.lifecycle.to(State.POSTCOPY)
 
-    def _ready(self) -> Arrival:
-        if self._arrival is None:
-            raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.record.migration_id} has no memory to fill")
-        return self._arrival
-
     @property
     def _limits(self) -> Limits:
         return self._around.settings.limits
-
-
-def _layout_in(message: memory_pb2.MemoryLayout) -> Layout:
-    try:
-        return layout_of(message)
-    except LayoutError as error:
-        raise FerryError(Reason.LAYOUT_INVALID, f"the source's memory layout cannot be: {error}") from error

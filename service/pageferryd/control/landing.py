@@ -52,12 +52,13 @@ class Landing:
         self._listener = HandoffListener(directory.path / _SOCKET, vmm.layout, vmm.pid)
 
     @classmethod
-    async def open(cls, vmm: Waiting, name: str, settings: Settings, opener: LaneOpener) -> Self:
-        """Open the lanes, and listen for the VMM. `name` tells this migration's directory from others'.
+    async def open(
+        cls, vmm: Waiting, name: str, settings: Settings, opener: LaneOpener, lanes: Lanes | None = None
+    ) -> Self:
+        """Listen for the VMM. `name` tells this migration's directory from others'; open `lanes` are taken over.
 
-        FerryError: PERMISSION_MISSING, VMM_GONE, or what the source says.
+        FerryError: PERMISSION_MISSING, VMM_GONE; the lanes are closed then.
         """
-        lanes = await opener.open()
         directory: VmmDirectory | None = None
         faults: Faults | None = None
         try:
@@ -65,7 +66,8 @@ class Landing:
             faults = await Faults.start(settings, directory, vmm.pid)
             landing = cls(vmm, settings, directory, faults, opener)
         except BaseException:
-            await lanes.close()
+            if lanes is not None:
+                await lanes.close()
             if faults is not None:
                 await faults.stop()
             if directory is not None:

@@ -11,7 +11,7 @@ from pageferry import __version__
 from pageferry import address as addresses
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import migration_pb2, migration_pb2_grpc
-from pageferryd.control.incoming import Incoming, Surroundings
+from pageferryd.control.incoming import Incoming
 from pageferryd.control.limits import check_limits
 from pageferryd.control.outgoing import Outgoing
 from pageferryd.control.peer import Destination
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pageferryd.control.book import MigrationBook
     from pageferryd.control.drain import Drain
+    from pageferryd.control.surroundings import Surroundings
     from pageferryd.source.page_service import PageService
 
 _Context = grpc.aio.ServicerContext[Any, Any]

@@ -23,9 +23,9 @@ from pageferryd.source.page_service import layout_to_proto
 from pageferryd.source.served import TOKEN_BYTES, Served
 
 if TYPE_CHECKING:
-    from pageferryd.control.incoming import Surroundings
     from pageferryd.control.record import MigrationRecord
     from pageferryd.control.registry import Guest
+    from pageferryd.control.surroundings import Surroundings
     from pageferryd.source.page_service import PageService
     from pageferryd.vmm.driver import Description, Memory
 

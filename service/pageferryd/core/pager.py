@@ -136,6 +136,12 @@ class Pager:
 
     # What goes in
 
+    def found(self, first: int, pages: int) -> None:
+        """Pages are in place without having come through this pager."""
+        self.layout.check(first, pages)
+        self.map.settle(first, pages)
+        self._order.settled(first, pages)
+
     def fault(self, page: int, now: float, raised: float | None = None) -> Answer:
         """The guest touched a page; `raised` is when its door saw it. Raises PageRangeError outside the layout."""
         self.layout.check(page, 1)

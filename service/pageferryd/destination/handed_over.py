@@ -51,6 +51,10 @@ class HandedOver(Protocol):
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield where memory of 4 KiB pages is mapped in the VMM, as (address, bytes); nothing where unknown."""
 
+    @property
+    def guarded_addresses(self) -> Sequence[int]:
+        """Where the regions lie in the VMM, if a userfaultfd alone guards them: enough to take them again."""
+
     async def finished(self) -> None:
         """Every page is in: wait until the VMM needs no more answers. Doors must be open meanwhile."""
 
@@ -95,6 +99,11 @@ class Handoff(NamedTuple):
         for address, region in zip(self.addresses.addresses, layout.regions, strict=True):
             if region.page_size == PAGE_SIZE:
                 yield address, region.size
+
+    @property
+    def guarded_addresses(self) -> Sequence[int]:
+        """See HandedOver."""
+        return self.addresses.addresses if self.memory is None else ()
 
     async def finished(self) -> None:
         """Nothing to wait for: the kernel answers for pages that are in place."""

@@ -40,12 +40,14 @@ class FaultIntake:
         ended: Callable[[list[FaultTimes]], None],
         work: Callable[[], None],
         clock: Callable[[], float],
+        note_discard: Callable[[int, int], None],
     ) -> None:
         self._pager = pager
         self._placer = placer
         self._ended = ended
         self._work = work
         self._clock = clock
+        self._note_discard = note_discard
         self.counts: Counter[tuple[str, str]] = Counter()
         """Faults by door and class."""
 
@@ -75,6 +77,14 @@ class FaultIntake:
 
     def discard(self, first: int, pages: int, now: float) -> None:
         """The guest gave pages away, or converts them: whatever is under way of them is dropped, and they are zero."""
+        self._note_discard(first, pages)
+        self._discard(first, pages, now)
+
+    def restore(self, first: int, pages: int) -> None:
+        """The guest gave pages away under an earlier sidecar."""
+        self._discard(first, pages, self._clock())
+
+    def _discard(self, first: int, pages: int, now: float) -> None:
         for start, length, whole in whole_granules(self._pager.layout, first, pages):
             if whole:
                 self._discard_whole(start, length, now)

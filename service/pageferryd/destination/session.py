@@ -50,7 +50,8 @@ class Session:
     """One guest's memory on its way in.
 
     `paused` is called with the reason when the lanes are lost, and with None when they are open again. `lanes` are the
-    first ones, opened before the guest depended on them.
+    first ones, opened before the guest depended on them. `note_discard` is told of pages that the guest gives away,
+    before they are acted on; what it raises ends the session.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Session:
         options: SessionOptions,
         paused: Callable[[FerryError | None], None] = lambda _error: None,
         lanes: Lanes | None = None,
+        note_discard: Callable[[int, int], None] = lambda _first, _pages: None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         # Not the loop's: uvloop's has whole milliseconds.
@@ -91,7 +93,9 @@ class Session:
             self._tell_doors if self._listeners else None,
         )
         self._work = LaneWork(self.pager, self.placer, self._after_install, self.fail)
-        self.intake = FaultIntake(self.pager, self.placer, self._faults_ended, self._after_faults, self._clock)
+        self.intake = FaultIntake(
+            self.pager, self.placer, self._faults_ended, self._after_faults, self._clock, note_discard
+        )
 
     def open_doors(self) -> None:
         """Begin to serve faults: from now on the guest's memory may be touched, and the source's must not change."""

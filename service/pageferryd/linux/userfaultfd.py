@@ -6,6 +6,7 @@ about the page at `address + done`; nothing is known of those behind it. A Userf
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -272,6 +273,25 @@ def is_userfaultfd(fd: int) -> bool:
 
 def _target(fd: int) -> str:
     return str(Path(f"/proc/self/fd/{fd}").readlink())
+
+
+def find_userfaultfd(pid: int) -> int:
+    """Return the number of the one userfaultfd that a process holds. FerryError: VMM_GONE, HANDOFF_NO_FD."""
+    found = []
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if str(entry.readlink()) == _LINK:
+                    found.append(int(entry.name))
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise FerryError(Reason.VMM_GONE, f"the VMM (process {pid}) is gone") from error
+    except OSError as error:
+        raise FerryError(
+            Reason.PERMISSION_MISSING, f"/proc/{pid}/fd is not readable: run with CAP_SYS_PTRACE, or as the same user"
+        ) from error
+    if len(found) != 1:
+        raise FerryError(Reason.HANDOFF_NO_FD, f"process {pid} holds {len(found)} userfaultfds where one is expected")
+    return found[0]
 
 
 def _refuse_unless_userfaultfd(fd: int) -> None:

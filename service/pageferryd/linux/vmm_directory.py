@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -33,15 +32,15 @@ class VmmDirectory:
         FerryError: VMM_GONE, PERMISSION_MISSING.
         """
         try:
-            owner = Path(f"/proc/{pid}").stat()
+            uid, gid = _owner(pid)
             root = Path(f"/proc/{pid}/root")
             if root.samefile("/"):
                 made = cls(-1, runtime_dir / name, runtime_dir / name)
                 runtime_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
             else:
                 made = cls._in_jail(root, name)
-            made.begin(owner.st_uid, owner.st_gid)
-        except FileNotFoundError as error:
+            made.begin(uid, gid)
+        except (FileNotFoundError, ProcessLookupError) as error:
             raise FerryError(Reason.VMM_GONE, f"the VMM (process {pid}) is gone") from error
         except OSError as error:
             raise FerryError(
@@ -58,11 +57,14 @@ class VmmDirectory:
         for step in _IN_JAIL:
             above = parent
             try:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(step, 0o711, dir_fd=above)
-                parent = os.open(step, _BENEATH, dir_fd=above)
+                parent = _step_down(above, step)
             finally:
                 os.close(above)
+        try:
+            _refuse_foreign(parent)
+        except BaseException:
+            os.close(parent)
+            raise
         # Short, as the path of a socket must be.
         return cls(parent, Path(f"/proc/self/fd/{parent}") / name, Path("/", *_IN_JAIL, name))
 
@@ -73,7 +75,7 @@ class VmmDirectory:
             self.path.mkdir(mode=0o700)
             if uid != os.geteuid():
                 _let_pass(self.path.parent, uid)
-                os.chown(self.path, uid, gid)
+                os.chown(self.path, uid, gid, follow_symlinks=False)
         except BaseException:
             self.remove()
             raise
@@ -85,6 +87,34 @@ class VmmDirectory:
             shutil.rmtree(self.path, ignore_errors=True)
         if parent >= 0:
             os.close(parent)
+
+
+def _owner(pid: int) -> tuple[int, int]:
+    """Return user and group of a process, as files see them (proc_pid_status(5)).
+
+    Not the owner of /proc/PID: that is root for a process that changed its user.
+    """
+    lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    told = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(told["Uid"].split()[3]), int(told["Gid"].split()[3])
+
+
+def _step_down(above: int, step: str) -> int:
+    """Return the directory `step` of an open one; it is made, for all to pass, where there is none."""
+    try:
+        os.mkdir(step, dir_fd=above)
+    except FileExistsError:
+        return os.open(step, _BENEATH, dir_fd=above)
+    made = os.open(step, _BENEATH, dir_fd=above)
+    Path(f"/proc/self/fd/{made}").chmod(0o711)
+    return made
+
+
+def _refuse_foreign(directory: int) -> None:
+    """Raise PermissionError where others can put links in the place of what is made, and have them followed."""
+    found = os.fstat(directory)
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{Path('/', *_IN_JAIL)} in its root directory is somebody else's, or others may write")
 
 
 def _let_pass(parent: Path, uid: int) -> None:

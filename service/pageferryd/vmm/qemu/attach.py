@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import structlog
@@ -19,7 +18,7 @@ import structlog
 from pageferry.abi import userfaultfd as abi
 from pageferry.errors import FerryError
 from pageferry.userfaultfd import agree
-from pageferryd.linux.holes import ProcessPages
+from pageferryd.linux.filled import filled
 from pageferryd.linux.mapped_files import punch_holes
 from pageferryd.linux.pidfd import PidFd
 from pageferryd.linux.ptrace import Tracee, traced
@@ -72,22 +71,13 @@ def detach(pid: int, remote: int) -> None:
     _remotely(pid, lambda tracee: close_descriptor(tracee, remote))
 
 
-def find_userfaultfd(pid: int) -> int | None:
-    """Return the number of the userfaultfd that a QEMU holds, as an earlier sidecar left it; None without one."""
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            if str(entry.readlink()) == "anon_inode:[userfaultfd]":
-                return int(entry.name)
-    return None
-
-
 def _empty(pid: int, uffd: Userfaultfd, block: RamBlock) -> float:
     """Drop what the block holds; return how long the main thread stood at most for that."""
     if block.is_shared:
         punch_holes(pid, block.host_address, block.size)
         return 0.0
     longest = 0.0
-    for start, end in _present(pid, block):
+    for start, end in filled(pid, block.host_address, block.size):
         for at in range(start, end, _MOST_AT_ONCE):
             part = min(_MOST_AT_ONCE, end - at)
             work = partial(discard, address=at, length=part, meanwhile=lambda: _swallow(uffd))
@@ -110,17 +100,6 @@ def _remotely(pid: int, work: Callable[[Tracee], _T]) -> tuple[_T, float]:
 
     result = traced(pid, noted)
     return result, tracees[0].stopped_seconds
-
-
-def _present(pid: int, block: RamBlock) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of addresses that hold pages, in memory or swapped out."""
-    with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
-        pages = ProcessPages(pagemap.fileno())
-        at, end = block.host_address, block.host_address + block.size
-        while at < end:
-            found = pages.extents(at, end - at)
-            yield from found.data
-            at = found.end
 
 
 def _close_quietly(pid: int, remote: int) -> None:

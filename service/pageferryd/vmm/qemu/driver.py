@@ -10,6 +10,7 @@ from pageferry import address as addresses
 from pageferry.errors import FerryError, Reason
 from pageferryd.linux.pidfd import PidFd
 from pageferryd.linux.unix_peer import listener_pid
+from pageferryd.linux.userfaultfd import find_userfaultfd
 from pageferryd.vmm.driver import Activity, Description, GuardedMemory, Memory, PrivatePages, Saved
 from pageferryd.vmm.qemu.attach import attach, detach
 from pageferryd.vmm.qemu.blocks import FoundBlocks, find_blocks
@@ -122,10 +123,12 @@ class QemuDriver:
         await self._require(monitor, Activity.RUNNING)
 
     async def detach_pager(self) -> None:
-        """Close QEMU's own copy of the userfaultfd."""
+        """Close QEMU's own copy of the userfaultfd, which an earlier sidecar may have taken."""
         remote, self._remote = self._remote, None
-        if remote is not None:
-            await asyncio.to_thread(detach, self._pid, remote)
+        if remote is None:
+            await self._open()
+            remote = find_userfaultfd(self._pid)
+        await asyncio.to_thread(detach, self._pid, remote)
         await self._let_go()
 
     async def kill(self) -> None:

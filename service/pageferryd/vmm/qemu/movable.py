@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from pageferry.errors import FerryError, Reason
 from pageferryd.vmm.qemu.blocks import list_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from pageferryd.vmm.qemu.blocks import RamBlock
     from pageferryd.vmm.qemu.monitor import Monitor
@@ -22,7 +23,7 @@ _HUGEST = 1 << 30
 _AT_REST = frozenset({"none", "completed", "failed", "cancelled"})
 _DEVICE = re.compile(r"^\s*dev: ((?:vhost-user-|vhost-vdpa-|vfio-user-)[^,\s]+), id \"(.*)\"", re.MULTILINE)
 _NETWORK = re.compile(r"^\s*(?:\\ )?(\S+): .*\btype=(vhost-user|vhost-vdpa)\b", re.MULTILINE)
-_VFIO = re.compile(r"/dev/vfio/.*|/dev/iommu|/dev/vhost-vdpa.*|anon_inode:\[vfio-device\]")
+_HARDWARE = re.compile(r"/dev/vfio/.*|/dev/iommu|/dev/vhost-vdpa.*|anon_inode:\[vfio-device\]")
 
 
 async def obstacles(monitor: Monitor, pid: int) -> list[str]:
@@ -32,7 +33,7 @@ async def obstacles(monitor: Monitor, pid: int) -> list[str]:
     """
     found = [f"QEMU says: {reason}" for reason in await _blocked(monitor)]
     found += await _target(monitor)
-    found += await asyncio.to_thread(_passed_through, pid)
+    found += passed_through(await asyncio.to_thread(_open_files, pid))
     found += await _other_mappers(monitor)
     found += [
         f"RAM block {block.name} is in pages of 1 GiB, which cannot be filled by parts: use pages of 2 MiB or 4 KiB"
@@ -82,17 +83,19 @@ async def _target(monitor: Monitor) -> list[str]:
     return [f"the guest is of the architecture {arch}: only {' and '.join(_TARGETS)} are moved"]
 
 
-def _passed_through(pid: int) -> list[str]:
-    """Hardware that reads and writes guest memory causes no page fault."""
-    held = set()
+def passed_through(opened: Iterable[str]) -> list[str]:
+    """Return a sentence where QEMU has opened hardware for its guest, which uses memory without causing page faults."""
+    held = sorted({name for name in opened if _HARDWARE.fullmatch(name)})
+    return [f"QEMU passes hardware through to the guest ({', '.join(held)}): unplug it"] if held else []
+
+
+def _open_files(pid: int) -> list[str]:
+    names = []
     try:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                opened = str(entry.readlink())
-            except FileNotFoundError:
-                continue
-            if _VFIO.fullmatch(opened):
-                held.add(opened)
+            # One that was closed meanwhile is none.
+            with contextlib.suppress(FileNotFoundError):
+                names.append(str(entry.readlink()))
     except (FileNotFoundError, ProcessLookupError) as error:
         raise FerryError(Reason.VMM_GONE, f"QEMU (process {pid}) is gone") from error
     except OSError as error:
@@ -100,9 +103,7 @@ def _passed_through(pid: int) -> list[str]:
             Reason.PERMISSION_MISSING,
             f"/proc/{pid}/fd is not readable: run with CAP_SYS_PTRACE, or as QEMU's user",
         ) from error
-    if not held:
-        return []
-    return [f"QEMU passes hardware through to the guest ({', '.join(sorted(held))}): unplug it"]
+    return names
 
 
 async def _other_mappers(monitor: Monitor) -> list[str]:

@@ -86,14 +86,12 @@ async def load_state(monitor: Monitor, state: bytes, seconds: float) -> None:
         with theirs:
             await monitor.send_fd(_FD_NAME, theirs.fileno())
         ours.setblocking(False)
-        with monitor.events("MIGRATION") as events:
-            await monitor.execute("migrate-incoming", arguments)
-            writing = asyncio.create_task(_write(ours, state))
-            try:
-                await _until_loaded(monitor, events, seconds)
-            finally:
-                writing.cancel()
-                await asyncio.wait([writing])
+        writing = asyncio.create_task(_write(ours, state))
+        try:
+            await _receive(monitor, arguments, seconds)
+        finally:
+            writing.cancel()
+            await asyncio.wait([writing])
 
 
 async def _saved(monitor: Monitor) -> bytes:
@@ -122,7 +120,10 @@ async def _saved(monitor: Monitor) -> bytes:
                 f"the device state of QEMU at {monitor.path} has {size >> 20} MiB; {MAX_STATE_BYTES >> 20} MiB at most "
                 "are moved",
             )
-        return os.pread(memory, size, 0)
+        saved = os.pread(memory, size, 0)
+        # A stopped QEMU keeps its descriptor for a while yet (monitor_fdset_cleanup there), but nothing in it.
+        os.ftruncate(memory, 0)
+        return saved
 
 
 def _complete(saved: bytes, machine: str) -> bytes:
@@ -176,13 +177,13 @@ async def _write(ours: socket.socket, state: bytes) -> None:
         ours.shutdown(socket.SHUT_WR)
 
 
-async def _until_loaded(monitor: Monitor, events: Events, seconds: float) -> None:
-    status = None
+async def _receive(monitor: Monitor, arguments: dict[str, object], seconds: float) -> None:
+    """Have QEMU load what comes, and wait until it has."""
     try:
-        async with asyncio.timeout(seconds):
-            while status not in ("completed", "failed"):
-                event = await monitor.wait_event(events, seconds)
-                status = _member(event.get("data"), "status")
+        with monitor.events("MIGRATION") as events:
+            await monitor.execute("migrate-incoming", arguments)
+            async with asyncio.timeout(seconds):
+                status = await _outcome(monitor, events, seconds)
         if status == "completed":
             return
         why = _member(await monitor.execute("query-migrate"), "error-desc")
@@ -191,14 +192,21 @@ async def _until_loaded(monitor: Monitor, events: Events, seconds: float) -> Non
             Reason.VMM_UNREACHABLE, f"QEMU at {monitor.path} has not loaded its state within {seconds:g} s"
         ) from error
     except FerryError as error:
-        if monitor.is_closed:
-            raise FerryError(
-                Reason.VMM_GONE, f"QEMU at {monitor.path} ended as it loaded its state; its standard error says why"
-            ) from error
-        raise
+        if not monitor.is_closed:
+            raise
+        raise FerryError(
+            Reason.VMM_GONE, f"QEMU at {monitor.path} ended as it loaded its state; its standard error says why"
+        ) from error
     raise FerryError(
         Reason.VMM_FAILED, f"QEMU at {monitor.path} does not take the state: {why or 'it does not say why'}"
     )
+
+
+async def _outcome(monitor: Monitor, events: Events, seconds: float) -> str:
+    while True:
+        status = _member((await monitor.wait_event(events, seconds)).get("data"), "status")
+        if status in ("completed", "failed"):
+            return str(status)
 
 
 def _member(value: Any, name: str) -> Any:

@@ -1,0 +1,22 @@
+"""What every migration of a sidecar works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pageferry.tls import TlsFiles
+    from pageferryd.config import Settings
+    from pageferryd.control.journal import Journal
+    from pageferryd.control.registry import GuestRegistry
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What every migration of this sidecar works with."""
+
+    settings: Settings
+    tls: TlsFiles | None
+    guests: GuestRegistry
+    journal: Journal
