@@ -92,7 +92,6 @@ async def test_a_destination_sidecar_that_is_killed_is_started_again_and_loses_n
     await hosts.becomes(source, POSTCOPY)
     destination.process.kill()
     await destination.exit_code()
-    await hosts.becomes(source, PAUSED)
     again = await stage.sidecar("destination", listen=[destination.address], runtime_dir=str(destination.runtime_dir))
     hosts.hosts[1] = again
     shown = await hosts.arrives(waiting)

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from pageferry.errors import FerryError, Reason
 from pageferryd.core.layout import PAGE_SIZE
-from pageferryd.linux.pidfd import PidFd
 from pageferryd.linux.holes import Extents, ProcessPages, file_extents
+from pageferryd.linux.pidfd import PidFd
 from pageferryd.source.mappings import is_dying, is_mapped, mappings
 
 # What reading a poisoned page fails with.
