@@ -19,22 +19,22 @@ from pageferry.v1 import incoming_pb2_grpc, migration_pb2_grpc
 from pageferryd import config, logs
 from pageferryd.control.book import MigrationBook
 from pageferryd.control.drain import Drain
-from pageferryd.control.incoming import Surroundings
 from pageferryd.control.incoming_service import IncomingServicer
+from pageferryd.control.journal import Journal
 from pageferryd.control.migration_service import MigrationServicer
+from pageferryd.control.recovery import recover
 from pageferryd.control.registry import GuestRegistry
+from pageferryd.control.surroundings import Surroundings
+from pageferryd.control.templates import VmmStarter
 from pageferryd.http import HttpServer
 from pageferryd.linux.allocator import tune_malloc
 from pageferryd.metrics import make_registry
 from pageferryd.server import GrpcServer
 from pageferryd.source.page_service import PageService
-from pageferryd.vmm import own
-from pageferryd.vmm.own import VmmServiceDriver
-from pageferryd.vmm.qemu import driver as qemu
-from pageferryd.vmm.qemu.driver import QemuDriver
+from pageferryd.vmm.every import drivers
 
 if TYPE_CHECKING:
-    from pageferryd.config import Settings
+    from pageferryd.config import ConfiguredGuest, Settings
 
 _log = structlog.get_logger(__name__)
 
@@ -47,20 +47,25 @@ class Sidecar:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._drain = Drain()
-        self._guests = GuestRegistry({own.DRIVER: VmmServiceDriver, qemu.DRIVER: QemuDriver})
+        self._guests = GuestRegistry(drivers(settings.runtime_dir))
+        self._starter = VmmStarter(
+            settings.templates, self._guests, settings.runtime_dir, settings.limits.max_migrations
+        )
         self._pages = PageService(secure=not settings.insecure)
         self._book = MigrationBook(settings.limits.max_migrations, self._pages.withdraw)
+        journal = Journal(settings.runtime_dir / "journal")
+        self._around = Surroundings(settings, settings.tls_files(), self._guests, journal)
         self._grpc = GrpcServer(settings)
         self._http = HttpServer(make_registry(self._book), self._unready)
         self._bound: list[str] = []
         self._add_services()
 
     def _add_services(self) -> None:
-        server, around = self._grpc.server, Surroundings(self._settings, self._settings.tls_files(), self._guests)
+        server, around = self._grpc.server, self._around
         migrations = MigrationServicer(self._book, around, self._pages, self._page_address, self._drain)
         migration_pb2_grpc.add_MigrationServiceServicer_to_server(migrations, server)
         incoming_pb2_grpc.add_IncomingServiceServicer_to_server(
-            IncomingServicer(self._book, around, self._drain), server
+            IncomingServicer(self._book, around, self._drain, self._starter), server
         )
         self._pages.add_to(server)
 
@@ -73,13 +78,29 @@ class Sidecar:
     async def start(self) -> None:
         """Serve. Raises FerryError where that cannot be, and leaves nothing behind."""
         _make_runtime_dir(self._settings.runtime_dir)
+        try:
+            for guest in self._settings.guests:
+                await self._register(guest)
+            # Before anybody asks for them.
+            await recover(self._around, self._book)
+            http = await self._serve()
+        except BaseException:
+            await self._guests.close()
+            raise
+        _log.info("ready", host=self._settings.host, listen=self._bound, http=http, release=__version__)
+
+    async def _serve(self) -> str:
         self._bound = await self._grpc.start()
         try:
-            http = await self._http.start(self._settings.http)
+            return await self._http.start(self._settings.http)
         except BaseException:
             await self._grpc.stop(0)
             raise
-        _log.info("ready", host=self._settings.host, listen=self._bound, http=http, release=__version__)
+
+    async def _register(self, guest: ConfiguredGuest) -> None:
+        """Register a guest of the settings; its VMM may come up later, and another one after it."""
+        await self._guests.register(guest.name, guest.driver, str(guest.endpoint), must_answer=False, lasting=True)
+        _log.info("guest_registered", guest=guest.name, driver=guest.driver, endpoint=str(guest.endpoint))
 
     async def stop(self) -> None:
         """Take nothing new, see through what is under way for as long as `drain_seconds`, and end."""
@@ -96,7 +117,9 @@ class Sidecar:
             _log.warning("drain_incomplete", migrations=sum(1 for _ in self._book.active()))
         for mover in list(self._book.active()):
             await mover.stop()
+        await self._starter.close()
         await self._guests.close()
+        self._around.journal.close()
         await self._http.stop()
         # With a live stream stop() would wait all of a longer grace.
         await self._grpc.stop(_LAST_CALLS_SECONDS)

@@ -1,6 +1,7 @@
 """A MigrationService that plays a part by the guest's name: run as a process, it prints its address and serves.
 
-Guests: `web` crosses, `doomed` fails, `undone` is cancelled, `cut` has its watch end early, `slow` never ends.
+Guests: `web` crosses, `doomed` fails, `undone` is cancelled, `cut` has its watch end early, `slow` never ends, `held`
+cannot be moved, `absent` does not answer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pageferry.v1 import migration_pb2 as pb
 from pageferry.v1 import migration_pb2_grpc
 
 MIB_PAGES = 256
+DRIVERS = ("vmm", "qemu", "cloud-hypervisor", "firecracker")
+HELD = ("it is paused: only a running guest can be moved", "a host device is passed through to it: net0")
 
 
 def check(name: str, status: int = pb.CHECK_STATUS_OK, detail: str = "in order", remedy: str = "") -> pb.Check:
@@ -80,9 +83,19 @@ def failed(guest_id: str = "doomed") -> pb.Migration:
     return found
 
 
+def immovable() -> pb.Migration:
+    found = example(pb.MIGRATION_STATE_FAILED, 0, "held")
+    found.error.CopyFrom(
+        pb.ErrorDetail(reason="GUEST_NOT_MOVABLE", message=f"guest held cannot be moved: {'; '.join(HELD)}")
+    )
+    return found
+
+
 def final(guest_id: str) -> pb.Migration:
     if guest_id == "doomed":
         return failed()
+    if guest_id == "held":
+        return immovable()
     if guest_id == "undone":
         return example(pb.MIGRATION_STATE_CANCELLED, 0, "undone")
     return example(pb.MIGRATION_STATE_COMPLETED, 100, guest_id)
@@ -91,9 +104,32 @@ def final(guest_id: str) -> pb.Migration:
 class FakeSidecar(migration_pb2_grpc.MigrationServiceServicer):
     def __init__(self) -> None:
         self.guests = {
-            name: pb.Guest(guest_id=name, driver="vmm", vmm_address=f"/run/{name}.sock", state=1, memory_bytes=1 << 24)
+            name: pb.Guest(
+                guest_id=name,
+                driver="vmm",
+                vmm_address=f"/run/{name}.sock",
+                state=pb.GUEST_STATE_RUNNING,
+                memory_bytes=1 << 24,
+                pid=4242,
+                movable=True,
+            )
             for name in ("cut", "doomed", "slow", "undone", "web")
         }
+        self.guests["held"] = pb.Guest(
+            guest_id="held",
+            driver="qemu",
+            vmm_address="/run/held.qmp",
+            state=pb.GUEST_STATE_PAUSED,
+            memory_bytes=1 << 30,
+            pid=77,
+            obstacles=HELD,
+        )
+        self.guests["absent"] = pb.Guest(
+            guest_id="absent",
+            driver="firecracker",
+            vmm_address="/run/absent.sock",
+            obstacles=["nobody listens at /run/absent.sock: No such file or directory; is the VMM running?"],
+        )
         self.limits: dict[str, pb.Limits] = {}
 
     async def Preflight(self, request, context):
@@ -109,8 +145,16 @@ class FakeSidecar(migration_pb2_grpc.MigrationServiceServicer):
     async def RegisterGuest(self, request, context):
         if request.vmm_address.endswith("absent.sock"):
             await refuse(context, Reason.VMM_UNREACHABLE, f"no VMM at {request.vmm_address};\nstart it first")
+        if request.driver not in DRIVERS:
+            known = ", ".join(DRIVERS)
+            await refuse(context, Reason.INVALID_ARGUMENT, f"there is no driver {request.driver!r}: use one of {known}")
         guest = pb.Guest(
-            guest_id=request.guest_id, driver=request.driver, vmm_address=request.vmm_address, state=2, pid=42
+            guest_id=request.guest_id,
+            driver=request.driver,
+            vmm_address=request.vmm_address,
+            state=pb.GUEST_STATE_INCOMING,
+            pid=42,
+            obstacles=["its VMM waits for the guest to come"],
         )
         return pb.RegisterGuestResponse(guest=guest)
 

@@ -58,6 +58,20 @@ def test_register_shows_the_guest(ferry):
     assert "/run/new.sock" in outcome.out
 
 
+def test_register_names_the_kind_of_vmm(ferry):
+    found = document(ferry("register", "new", "/run/new.qmp", "--driver", "qemu", "--json"))
+
+    assert (found["driver"], found["movable"]) == ("qemu", False)
+    assert found["obstacles"] == ["its VMM waits for the guest to come"]
+
+
+def test_the_help_of_register_names_every_kind_of_vmm(pageferry):
+    words = " ".join(pageferry("register", "--help").out.split())
+
+    for driver in ("vmm (", "qemu (", "cloud-hypervisor", "firecracker"):
+        assert driver in words
+
+
 def test_unregister_says_that_the_guest_is_forgotten(ferry):
     assert ferry("unregister", "web").out == "web is forgotten\n"
     assert document(ferry("unregister", "web", "--json")) == {"guest_id": "web"}
@@ -71,6 +85,39 @@ def test_list_shows_guests_and_migrations(ferry):
     assert "16.0 MiB" in outcome.out
     assert "m-web" in outcome.out
     assert "12.3 ms" in outcome.out
+
+
+def test_list_says_of_each_guest_whether_it_can_be_moved(ferry):
+    lines = [line.split() for line in ferry("list").out.splitlines()]
+
+    assert ["GUEST", "STATE", "MOVABLE", "MEMORY", "PID", "DRIVER", "VMM"] in lines
+    assert ["web", "running", "yes", "16.0", "MiB", "4242", "vmm", "/run/web.sock"] in lines
+    assert ["held", "paused", "no", "1.0", "GiB", "77", "qemu", "/run/held.qmp"] in lines
+    assert ["absent", "no", "answer", "no", "-", "-", "firecracker", "/run/absent.sock"] in lines
+
+
+def test_list_says_in_sentences_why_a_guest_cannot_be_moved(ferry):
+    out = ferry("list", "--guest", "held").out
+
+    reasons = [line for line in out.splitlines() if line.startswith("held ") and "/run/" not in line]
+    assert [line.split(maxsplit=1)[1] for line in reasons[:2]] == [
+        "it is paused: only a running guest can be moved",
+        "a host device is passed through to it: net0",
+    ]
+    assert "WHY NOT" in out
+
+
+def test_list_gives_no_reasons_where_every_guest_can_be_moved(ferry):
+    assert "WHY NOT" not in ferry("list", "--guest", "web").out
+
+
+def test_list_tells_a_program_what_is_in_the_way(ferry):
+    guests = {guest["guest_id"]: guest for guest in document(ferry("list", "--json"))["guests"]}
+
+    assert (guests["web"]["movable"], guests["web"]["obstacles"]) == (True, [])
+    assert guests["held"]["movable"] is False
+    assert guests["held"]["obstacles"][1] == "a host device is passed through to it: net0"
+    assert guests["absent"]["state"] == "GUEST_STATE_UNSPECIFIED"
 
 
 def test_list_of_one_guest_leaves_the_others_out(ferry):
@@ -131,6 +178,14 @@ def test_a_failed_migration_exits_with_1_and_its_error(ferry, command):
 
     assert outcome.status == 1
     assert outcome.err == "error: DESTINATION_REFUSED: beta refused doomed; it runs on at alpha\n"
+
+
+def test_a_guest_that_cannot_be_moved_exits_with_1_and_what_is_in_the_way(ferry):
+    outcome = ferry("migrate", "held", "--to", "127.0.0.1:7444")
+
+    assert outcome.status == 1
+    assert outcome.err.startswith("error: GUEST_NOT_MOVABLE: guest held cannot be moved: ")
+    assert "passed through" in outcome.err
 
 
 def test_a_failed_migration_exits_with_1_in_json_too(ferry):

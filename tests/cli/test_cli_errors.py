@@ -32,6 +32,12 @@ def test_a_message_of_several_lines_comes_as_one(ferry):
     assert_error(ferry("register", "new", "/absent.sock"), "VMM_UNREACHABLE", "/absent.sock; start it first")
 
 
+def test_a_kind_of_vmm_that_the_sidecar_does_not_know(ferry):
+    outcome = ferry("register", "new", "/run/new.sock", "--driver", "vbox")
+
+    assert_error(outcome, "INVALID_ARGUMENT", "'vbox'", "vmm, qemu, cloud-hypervisor, firecracker")
+
+
 def test_errors_are_the_same_when_json_was_asked_for(ferry):
     assert_error(ferry("show", "m-nobody", "--json"), "UNKNOWN_MIGRATION")
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pageferry.errors import FerryError, Reason
-from pageferryd import config
-from pageferryd.config import Settings, load, unread_environment
+from pageferryd.config import Settings, Template, load, reading, unread_environment
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in list(os.environ):
         if name.upper().startswith("PAGEFERRY_"):
             monkeypatch.delenv(name)
-    monkeypatch.setattr(config, "DEFAULT_PATH", tmp_path / "no-such-file.toml")
+    monkeypatch.setattr(reading, "DEFAULT_PATH", tmp_path / "no-such-file.toml")
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_file_is_read(write: Any) -> None:
 
 
 def test_the_file_in_etc_is_read_when_none_is_named(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "DEFAULT_PATH", write('insecure = true\nhost = "from-etc"\n'))
+    monkeypatch.setattr(reading, "DEFAULT_PATH", write('insecure = true\nhost = "from-etc"\n'))
     assert load().host == "from-etc"
 
 
@@ -172,6 +172,88 @@ def test_what_cannot_be_is_refused(overrides: dict[str, Any], what: str) -> None
 @pytest.mark.parametrize("listen", [["127.0.0.1:0"], ["127.9.9.9:1"], ["[::1]:1"], ["localhost:1"], ["unix:/run/a"]])
 def test_insecure_mode_listens_on_loopback_and_unix_sockets(listen: list[str]) -> None:
     assert load(overrides={"insecure": True, "listen": listen}).listen == listen
+
+
+# Guests and templates
+
+
+WEB = {"name": "web", "driver": "vmm", "endpoint": "/run/web.sock"}
+START = {"driver": "vmm", "command": ["vmm", "{socket}"]}
+
+
+def test_guests_and_templates_are_read(write: Any) -> None:
+    settings = load(
+        write(
+            'insecure = true\n[[guests]]\nname = "web"\ndriver = "qemu"\nendpoint = "/run/web.qmp"\n'
+            '[[guests]]\nname = "db"\ndriver = "firecracker"\nendpoint = "/run/db.sock"\n'
+            '[[templates]]\ndriver = "qemu"\nguests = "web-*"\ncommand = ["qemu", "{guest}", "{socket}"]\n'
+        )
+    )
+    assert [(guest.name, guest.driver, str(guest.endpoint)) for guest in settings.guests] == [
+        ("web", "qemu", "/run/web.qmp"),
+        ("db", "firecracker", "/run/db.sock"),
+    ]
+    (template,) = settings.templates
+    assert (template.driver, template.guests, template.start_timeout) == ("qemu", "web-*", 10.0)
+
+
+def test_guests_can_come_from_the_environment_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEFERRY_GUESTS", json.dumps([WEB]))
+    assert load(overrides={"insecure": True}).guests[0].name == "web"
+    monkeypatch.setenv("PAGEFERRY_GUESTS", json.dumps([{**WEB, "driver": "vbox"}]))
+    assert "guests.0.driver (environment variable PAGEFERRY_GUESTS): " in problems(insecure=True)
+
+
+def test_each_problem_of_a_guest_is_told_with_its_file(write: Any) -> None:
+    path = write(
+        'insecure = true\n[[guests]]\nname = "a b"\ndriver = "vbox"\nendpoint = "web.sock"\nsocket = "x"\n'
+        '[[guests]]\nname = "db"\n'
+    )
+    lines = problems(path).splitlines()
+    for name, what in (
+        ("guests.0.name", "'a b' is no guest id"),
+        ("guests.0.driver", "'qemu', 'cloud-hypervisor'"),
+        ("guests.0.endpoint", "'web.sock' is a relative path"),
+        ("guests.0.socket", "no such setting"),
+        ("guests.1.driver", "Field required"),
+    ):
+        assert any(line.startswith(f"  {name} ({path}): ") and what in line for line in lines), (name, lines)
+
+
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [
+        ({"guests": [WEB, {**WEB, "endpoint": "/run/b"}]}, "guests: two have the name web"),
+        ({"guests": [WEB, {**WEB, "name": "db"}]}, "guests: two have the endpoint /run/web.sock"),
+        ({"guests": [{**WEB, "endpoint": "/" + "x" * 120}]}, "at most 107 bytes"),
+        ({"templates": [{**START, "driver": "vbox"}]}, "templates.0.driver"),
+        ({"templates": [{**START, "guests": "web/*"}]}, "no pattern of guest ids"),
+        ({"templates": [{**START, "command": []}]}, "templates.0.command"),
+        ({"templates": [{**START, "command": "vmm {socket}"}]}, "templates.0.command"),
+        ({"templates": [{**START, "command": ["", "{socket}"]}]}, "the program, is empty"),
+        ({"templates": [{**START, "command": ["vmm", "{socket}", "a\0b"]}]}, "zero byte"),
+        ({"templates": [{**START, "command": ["vmm", "{guest}"]}]}, "no argument holds {socket}"),
+        ({"templates": [{**START, "command": ["vmm", "{socket} {gest}"]}]}, "there is no placeholder {gest}"),
+        ({"templates": [{**START, "start_timeout": 0}]}, "templates.0.start_timeout"),
+        ({"templates": [{**START, "start_timeout": 31}]}, "above limits.prepare_timeout"),
+    ],
+)
+def test_guests_and_templates_that_cannot_be_are_refused(setting: dict[str, Any], what: str) -> None:
+    assert what in problems(insecure=True, **setting)
+
+
+def test_a_command_is_filled_in_without_touching_other_braces() -> None:
+    command = ["vmm", "--name={guest}", "unix:{socket},id={guest}", '{"a": {}}', "${home}", "{}", "*"]
+    template = Template(driver="vmm", command=command)
+    assert template.arguments("web", "/run/x.sock") == [
+        "vmm",
+        "--name=web",
+        "unix:/run/x.sock,id=web",
+        '{"a": {}}',
+        "${home}",
+        "{}",
+        "*",
+    ]
 
 
 # What follows from them

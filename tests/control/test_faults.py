@@ -77,7 +77,7 @@ async def start(settings: Settings) -> AsyncIterator[Start]:
 
     async def one(name: str = "g", pid: int | None = None) -> Host:
         pid = os.getpid() if pid is None else pid
-        hosts.append(Host(await Faults.start(settings, VmmDirectory.make(settings.runtime_dir, name, pid), pid)))
+        hosts.append(Host(await Faults.start(settings, VmmDirectory.make(settings.runtime_dir, name, pid))))
         return hosts[-1]
 
     yield one
@@ -199,22 +199,13 @@ async def test_the_socket_belongs_to_the_user_that_the_vmm_runs_as(start: Start)
         await child.wait()
 
 
-async def test_a_vmm_that_is_gone_already_is_refused_and_leaves_nothing(settings: Settings) -> None:
-    child = await asyncio.create_subprocess_exec("true")
-    await child.wait()
-    directory = VmmDirectory.make(settings.runtime_dir, "g", os.getpid())
-    with pytest.raises(FerryError):
-        await Faults.start(settings, directory, child.pid)
-    assert list(directory.path.iterdir()) == []
-
-
 async def test_a_socket_that_was_left_behind_is_replaced_and_the_end_removes_it(
     settings: Settings, start: Start
 ) -> None:
     path = settings.runtime_dir / "g" / "faults.sock"
     directory = VmmDirectory.make(settings.runtime_dir, "g", os.getpid())
     path.write_text("left behind")
-    host = Host(await Faults.start(settings, directory, os.getpid()))
+    host = Host(await Faults.start(settings, directory))
     host.connect()
     await host.close()
     assert not path.exists()
@@ -224,7 +215,7 @@ async def test_a_directory_that_is_not_there_is_named(settings: Settings) -> Non
     nowhere = VmmDirectory.make(settings.runtime_dir, "nowhere", os.getpid())
     nowhere.remove()
     with pytest.raises(FerryError, match="nowhere") as refused:
-        await Faults.start(settings, nowhere, os.getpid())
+        await Faults.start(settings, nowhere)
     assert refused.value.reason is Reason.PERMISSION_MISSING
 
 

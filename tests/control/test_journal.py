@@ -29,6 +29,11 @@ ONE = Arriving(
 )
 
 
+def owned(journal: Journal) -> None:
+    journal.ready(ONE)
+    journal.owns("m")
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return tmp_path / "journal"
@@ -40,7 +45,7 @@ def journal(directory: Path) -> Journal:
 
 
 def test_what_was_noted_is_read_by_the_next(directory: Path, journal: Journal) -> None:
-    journal.owns(ONE)
+    owned(journal)
     journal.close()
     assert list(Journal(directory).unfinished()) == [ONE]
 
@@ -51,14 +56,14 @@ def test_nothing_is_read_where_nothing_was_noted(journal: Journal) -> None:
 
 
 def test_the_secret_in_it_is_for_nobody_else(directory: Path, journal: Journal) -> None:
-    journal.owns(ONE)
+    owned(journal)
     journal.discarded("m", 0, 1)
     assert directory.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {0o600}
 
 
 def test_a_migration_that_has_ended_leaves_nothing(directory: Path, journal: Journal) -> None:
-    journal.owns(ONE)
+    owned(journal)
     journal.discarded("m", 0, 1)
     journal.ended("m")
     journal.ended("m")
@@ -66,7 +71,7 @@ def test_a_migration_that_has_ended_leaves_nothing(directory: Path, journal: Jou
 
 
 def test_another_migration_is_left_alone_by_that(journal: Journal) -> None:
-    journal.owns(ONE)
+    owned(journal)
     journal.ended("other")
     assert list(journal.unfinished()) == [ONE]
 
@@ -97,7 +102,7 @@ def of_another_version(text: bytes) -> bytes:
 def test_an_entry_that_is_not_whole_is_never_guessed_at_and_kept(
     directory: Path, journal: Journal, spoil: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    journal.owns(ONE)
+    owned(journal)
     path = directory / "m.json"
     path.write_bytes(spoil(path.read_bytes()))  # type: ignore[operator]
     assert list(journal.unfinished()) == []
@@ -105,17 +110,23 @@ def test_an_entry_that_is_not_whole_is_never_guessed_at_and_kept(
     assert "journal_unreadable" in capsys.readouterr().out
 
 
-def test_an_entry_that_was_being_written_when_the_sidecar_ended_does_not_count(
-    directory: Path, journal: Journal
-) -> None:
-    journal.owns(ONE)
-    (directory / "n.new").write_bytes((directory / "m.json").read_bytes())
-    assert list(journal.unfinished()) == [ONE]
+def test_a_guest_that_was_only_readied_for_is_told_apart(directory: Path, journal: Journal) -> None:
+    journal.ready(ONE)
+    assert list(journal.unfinished()) == []
+    assert list(journal.never_owned()) == [ONE]
+    journal.ended("m")
+    assert not directory.exists()
+
+
+def test_becoming_the_owner_needs_what_was_readied(journal: Journal) -> None:
+    with pytest.raises(FerryError) as refused:
+        journal.owns("m")
+    assert refused.value.reason is Reason.NO_SPACE
 
 
 def test_what_cannot_be_noted_is_an_error(directory: Path, journal: Journal) -> None:
     directory.write_text("a file is in the way")
-    for call in (lambda: journal.owns(ONE), lambda: journal.discarded("m", 0, 1)):
+    for call in (lambda: journal.ready(ONE), lambda: journal.discarded("m", 0, 1)):
         with pytest.raises(FerryError) as refused:
             call()
         assert refused.value.reason is Reason.NO_SPACE

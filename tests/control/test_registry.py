@@ -157,6 +157,69 @@ async def test_forgetting_an_old_guest_does_not_take_its_successors_place(driver
     assert registry.get("g") is not old
 
 
+# Guests that last
+
+
+async def lasting(drivers: Drivers, guest_id: str = "g") -> migration_pb2.Guest:
+    return await drivers.registry.register(guest_id, "stand-in", "/v", must_answer=False, lasting=True)
+
+
+async def test_a_vmm_that_need_not_answer_is_not_asked_and_later_shown_with_the_reason(drivers: Drivers) -> None:
+    drivers.next = StandInVmm()
+    drivers.next.failures["describe"] = GONE
+    assert (await lasting(drivers)).state == migration_pb2.GUEST_STATE_UNSPECIFIED
+    assert drivers.vmms[0].calls == []
+
+    (shown,) = await drivers.registry.list()
+    assert (shown.guest_id, shown.driver, shown.vmm_address) == ("g", "stand-in", "/v")
+    assert shown.state == migration_pb2.GUEST_STATE_UNSPECIFIED
+    assert (shown.movable, list(shown.obstacles)) == (False, ["nobody answers"])
+
+    drivers.vmms[0].failures.clear()
+    (shown,) = await drivers.registry.list()
+    assert shown.state == migration_pb2.GUEST_STATE_RUNNING
+    assert shown.movable
+
+
+async def test_the_same_again_is_harmless_for_a_lasting_guest_too(drivers: Drivers) -> None:
+    await lasting(drivers)
+    await drivers.registry.register("g", "stand-in", "/v")
+    await drivers.registry.forget(drivers.registry.get("g"))
+    assert drivers.registry.knows("g")
+
+
+async def test_a_lasting_guest_whose_vmm_has_ended_waits_for_the_next_one(drivers: Drivers) -> None:
+    await lasting(drivers)
+    old = drivers.registry.claim("g", "m")
+    drivers.next = StandInVmm(Activity.INCOMING)
+    await drivers.registry.forget(old)
+
+    # It is free, and what the migration still holds does not reach the next VMM.
+    new = drivers.registry.claim("g", "n")
+    assert new.driver is drivers.vmms[1]
+    assert old.driver is drivers.vmms[0]
+    assert drivers.vmms[0].closed
+    assert not drivers.vmms[1].closed
+
+    await drivers.registry.forget(old)
+    assert drivers.registry.has(new)
+    assert not drivers.vmms[1].closed
+
+
+async def test_a_lasting_guest_is_forgotten_when_that_is_asked_for(drivers: Drivers) -> None:
+    await lasting(drivers)
+    await drivers.registry.unregister("g")
+    assert not drivers.registry.knows("g")
+    assert [vmm.closed for vmm in drivers.vmms] == [True]
+
+
+async def test_lasting_guests_do_not_outlast_the_registry(drivers: Drivers) -> None:
+    await lasting(drivers)
+    await drivers.registry.close()
+    assert await drivers.registry.list() == []
+    assert [vmm.closed for vmm in drivers.vmms] == [True]
+
+
 async def test_closed_it_lets_every_vmm_go_and_touches_none(drivers: Drivers) -> None:
     for guest_id in "ab":
         await drivers.registry.register(guest_id, "stand-in", f"/{guest_id}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -15,7 +15,10 @@ from pageferryd import config
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATIONS = ROOT / "docs" / "operations.md"
+EXAMPLE = ROOT / "deploy" / "pageferryd.toml"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+TABLES: dict[str, type[BaseModel]] = {"tls": config.Tls, "limits": config.Limits}
+LISTS_OF_TABLES: dict[str, type[BaseModel]] = {"guests": config.ConfiguredGuest, "templates": config.Template}
 WITHOUT_A_FIXED_DEFAULT = {"host": "the system's host name"}
 
 
@@ -38,7 +41,7 @@ def settings() -> dict[str, str]:
     """Return every setting, tables' keys with a dot, and its default as the document writes it."""
     found: dict[str, str] = {}
     for name, field in config.Settings.model_fields.items():
-        nested = {"tls": config.Tls, "limits": config.Limits}.get(name)
+        nested = TABLES.get(name)
         if nested is None:
             found[name] = WITHOUT_A_FIXED_DEFAULT.get(name) or written(field.default)
         else:
@@ -69,7 +72,40 @@ def test_no_table_of_settings_is_forgotten() -> None:
         for name, field in config.Settings.model_fields.items()
         if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in (field.annotation, *args_of(field)))
     }
-    assert tables == {"tls", "limits"}
+    assert tables == {*TABLES, *LISTS_OF_TABLES}
+
+
+@pytest.mark.parametrize("name", LISTS_OF_TABLES)
+def test_every_key_of_a_list_of_tables_is_documented_with_its_default(name: str) -> None:
+    rows = {key.strip("`"): default for key, default, _ in table(OPERATIONS.read_text(), f"key of `{name}`")}
+
+    fields = LISTS_OF_TABLES[name].model_fields
+    assert rows == {
+        key: "none" if field.is_required() else f"`{json.dumps(field.default)}`" for key, field in fields.items()
+    }
+
+
+def test_every_driver_is_documented_with_its_endpoint() -> None:
+    rows = [driver.strip("`") for driver, _ in table(OPERATIONS.read_text(), "driver")]
+    assert rows == list(get_args(config.ConfiguredGuest.model_fields["driver"].annotation))
+
+
+def load(directory: Path, text: str) -> config.Settings:
+    path = directory / "pageferryd.toml"
+    path.write_text(text)
+    return config.load(path)
+
+
+def test_the_tables_that_operators_are_shown_are_accepted(tmp_path: Path) -> None:
+    shown = re.findall(r"(?s)```toml\n(\[\[.*?)```", OPERATIONS.read_text())
+    settings = load(tmp_path, "insecure = true\n" + "\n".join(shown))
+    assert (len(settings.guests), len(settings.templates)) == (1, 1)
+
+
+def test_the_tables_that_the_example_comments_out_are_accepted(tmp_path: Path) -> None:
+    settings = load(tmp_path, re.sub(r"(?m)^#( {3}[a-z]| \[\[)", r"\1", EXAMPLE.read_text()))
+    assert (len(settings.guests), len(settings.templates)) == (1, 1)
+    assert settings.templates[0].start_timeout == config.Template.model_fields["start_timeout"].default
 
 
 def args_of(field: Any) -> tuple[Any, ...]:

@@ -128,7 +128,7 @@ def test_systemd_waits_longer_for_the_end_than_the_sidecar_drains(unit: dict[str
 def test_the_runtime_directory_is_the_configured_one_and_only_for_its_owner(unit: dict[str, list[str]]) -> None:
     example = config.load(EXAMPLE)
     assert example.runtime_dir == Path("/run") / unit["RuntimeDirectory"][0]
-    assert unit["RuntimeDirectoryMode"] == ["0700"]
+    assert unit["RuntimeDirectoryMode"] == ["0711"]
     assert example.api_socket is not None
     assert example.api_socket.is_relative_to(example.runtime_dir)
 

@@ -302,7 +302,7 @@ class Crossing:
         )
         self.session.open_doors()
         directory = VmmDirectory.make(self._settings.runtime_dir, "g", os.getpid())
-        self.faults = await Faults.start(self._settings, directory, os.getpid())
+        self.faults = await Faults.start(self._settings, directory)
         self.faults.connect(door, self.session, handoff)
         self.vmm = ImportingVmm(self.faults.endpoint, self.layout)
         self.vmm.open()

@@ -82,7 +82,7 @@ async def serve(settings: Settings, name: str, door: ExitDoor, session: Any, add
     here.setblocking(False)
     handoff = Handoff(None, addresses, here, door.layout)
     directory = VmmDirectory.make(settings.runtime_dir, name, os.getpid())
-    return Site(await Faults.start(settings, directory, os.getpid()), door, session, handoff, there)
+    return Site(await Faults.start(settings, directory), door, session, handoff, there)
 
 
 @pytest.fixture

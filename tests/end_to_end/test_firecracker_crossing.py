@@ -3,115 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import uuid
 from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-from aiohttp import ClientSession, UnixConnector
-from child import DEADLINE, Child
-from crossing import CANCELLED, COMPLETED, POSTCOPY, Crossing, Stage, until
-from moving_guest import Guest
+from crossing import CANCELLED, COMPLETED, FAILED, POSTCOPY, Crossing, Stage, until
+from firecracker_crossing import NOBODY, Firecracker, Hosts, home_of_nobody, jail_of_nobody, left_in
 from sidecar_process import Sidecar
 
-from firecracker_vmm.launch import COMMAND, environment
 from pageferry.errors import Reason
 from pageferry.v1 import migration_pb2 as pb
 
 pytestmark = [pytest.mark.root, pytest.mark.userfaultfd]
-
-NOBODY = 65534
-
-
-class Firecracker(Guest):
-    """A stand-in: with a guest of `boot` MiB, or waiting for one; as user `user`, or in a jail of that user's."""
-
-    def __init__(self, api: Path, *options: str, boot: int = 0, user: int = 0, jail: Path | None = None) -> None:
-        self.socket_path = str(api)
-        inside = f"/{api.relative_to(jail)}" if jail is not None else str(api)
-        command = [*COMMAND, "--api-sock", inside, *options]
-        if boot:
-            command += ["--boot", str(boot)]
-        popen: dict[str, Any] = {"env": environment()}
-        device = -1
-        if jail is not None:
-            command += ["--jail", str(jail), "--uid", str(user)]
-        elif user:
-            popen |= {"user": user, "group": user, "extra_groups": []}
-        if user:
-            # The jailer gives its user a device of its own.
-            device = os.open("/dev/userfaultfd", os.O_RDWR)
-            os.set_inheritable(device, True)
-            command += ["--device", str(device)]
-            popen["pass_fds"] = (device,)
-        try:
-            Child.__init__(self, command, "stdout", **popen)
-        finally:
-            if device >= 0:
-                os.close(device)
-        try:
-            self.wait_event("ready")
-        except BaseException:
-            self.close()
-            raise
-
-    async def call(self, method: str, path: str, body: object) -> int:
-        """Call its API as an operator does; return the status."""
-        connector = UnixConnector(self.socket_path)
-        async with (
-            asyncio.timeout(DEADLINE),
-            ClientSession(connector=connector) as session,
-            session.request(method, f"http://localhost{path}", json=body) as answer,
-        ):
-            await answer.read()
-            return answer.status
-
-    async def gives_back(self, mib: int) -> None:
-        """Have its balloon take so many MiB from the guest."""
-        assert await self.call("PATCH", "/balloon", {"amount_mib": mib}) == 204
-
-
-class Hosts:
-    """A guest at one sidecar, and a Firecracker that waits for it at another."""
-
-    def __init__(self, stage: Stage, source: Sidecar, destination: Sidecar) -> None:
-        self._stage = stage
-        self.source = source
-        self.destination = destination
-        self.guest_id = f"microvm-{uuid.uuid4().hex[:8]}"
-
-    async def vmm(self, *options: str, **keywords: Any) -> Firecracker:
-        """Start one; options with `api` where its socket is to be."""
-        api = keywords.pop("api", None) or self._stage.directory / f"{uuid.uuid4().hex[:8]}.api"
-        made: Firecracker = await self._stage._made(lambda: Firecracker(api, *options, **keywords))
-        return made
-
-    async def register(self, host: Sidecar, vmm: Firecracker) -> pb.Guest:
-        client = await self._stage.client(host)
-        return await self._stage.registered(client, self.guest_id, vmm.socket_path, "firecracker")
-
-    async def crossing(self, guest: Firecracker, waiting: Firecracker) -> Crossing:
-        """Register both."""
-        await self.register(self.source, guest)
-        await self.register(self.destination, waiting)
-        clients = await self._stage.client(self.source), await self._stage.client(self.destination)
-        return Crossing(self.guest_id, self.source, self.destination, *clients, guest, waiting)
-
-    async def usual(self, *options: str, behave: str = "", source: tuple[str, ...] = (), boot: int = 32) -> Crossing:
-        """Return a crossing of a small guest; `options` for both, `behave` for the one that waits."""
-        guest, waiting = await asyncio.gather(
-            self.vmm(*options, *source, boot=boot), self.vmm(*options, *(["--behave", behave] if behave else []))
-        )
-        return await self.crossing(guest, waiting)
 
 
 @pytest.fixture
 async def hosts(stage: Stage, alpha: Sidecar, beta: Sidecar) -> AsyncIterator[Hosts]:
     yield Hosts(stage, alpha, beta)
     await stage.leave()
-    assert [*alpha.runtime_dir.iterdir(), *beta.runtime_dir.iterdir()] == []
+    assert left_in(alpha, beta) == []
 
 
 @pytest.mark.parametrize(
@@ -184,9 +93,10 @@ async def test_a_guest_in_huge_pages_crosses(hosts: Hosts, huge_pages: None) -> 
     assert crossing.waiting is not None
     await crossing.start(push_disabled=True)
     await crossing.becomes(crossing.at_destination, POSTCOPY)
+    # The first huge page comes as it is touched, the second is never needed.
     await crossing.waiting.gives_back(2)
-    await crossing.at_source.set_limits(crossing.migration_id, pb.Limits())
-    await crossing.arrives()
+    _, came = await crossing.arrives()
+    assert came.progress.pages_discarded == 512
 
 
 async def test_a_guest_whose_state_comes_with_its_memory_file_crosses_too(hosts: Hosts, alpha: Sidecar) -> None:
@@ -231,10 +141,8 @@ async def test_releases_that_differ_do_not_take_each_others_guests(hosts: Hosts)
         ("hand-offsets", Reason.HANDOFF_REGIONS),
         ("hand-page-size", Reason.HANDOFF_REGIONS),
         ("hand-huge", Reason.HANDOFF_MALFORMED),
-        ("hand-silent", Reason.HANDOFF_TIMEOUT),
         ("hand-then-dies", Reason.VMM_UNREACHABLE),
         ("load-refuses", Reason.VMM_FAILED),
-        ("load-silent", Reason.HANDOFF_TIMEOUT),
         ("load-dies", Reason.VMM_UNREACHABLE),
     ],
 )
@@ -248,12 +156,51 @@ async def test_a_firecracker_that_does_not_take_it_leaves_the_guest_at_its_sourc
     await crossing.guest.is_intact()
 
 
+@pytest.mark.parametrize(
+    ("behave", "reason"),
+    [
+        ("load-silent", Reason.HANDOFF_TIMEOUT),
+        ("hand-silent", Reason.HANDOFF_TIMEOUT),
+        ("hand-then-silent", Reason.VMM_UNREACHABLE),
+    ],
+)
+async def test_a_firecracker_that_is_silent_does_not_keep_the_guest_for_long(
+    stage: Stage, behave: str, reason: Reason
+) -> None:
+    hasty = await asyncio.gather(
+        stage.sidecar("hasty-source", limits={"handover_timeout": 3.0}),
+        stage.sidecar("hasty", limits={"prepare_timeout": 1.0, "handover_timeout": 3.0}),
+    )
+    hosts = Hosts(stage, *hasty)
+    crossing = await hosts.usual("--working-set", "0.2", behave=behave)
+    await crossing.start()
+    await crossing.fails(reason)
+    await crossing.guest.is_intact()
+
+
 @pytest.mark.parametrize("behave", ["pause-refuses", "create-refuses", "state-none", "state-huge", "state-link"])
 async def test_a_firecracker_that_does_not_let_it_go_keeps_the_guest(hosts: Hosts, behave: str) -> None:
     crossing = await hosts.usual(source=("--behave", behave))
     await crossing.start()
     await crossing.fails(Reason.VMM_FAILED)
     await crossing.guest.is_intact()
+
+
+async def test_a_guest_whose_new_firecracker_ends_as_it_is_told_to_run_is_not_run_twice(hosts: Hosts) -> None:
+    crossing = await hosts.usual(behave="resume-dies")
+    await crossing.start()
+    for shown in await crossing.both_become(FAILED):
+        assert shown.error.reason == Reason.VMM_GONE
+    assert await _stands_still(crossing)
+
+
+async def test_a_guest_that_could_not_be_resumed_is_told_of(hosts: Hosts) -> None:
+    crossing = await hosts.usual(source=("--behave", "resume-refuses"), behave="load-refuses")
+    await crossing.start()
+    failed = await crossing.becomes(crossing.at_source, FAILED)
+    assert "This is a bad day to load." in failed.error.message
+    assert "the guest could not be resumed" in failed.error.message
+    assert "This is a bad day to resume." in failed.error.message
 
 
 async def test_a_guest_whose_memory_is_not_found_is_not_moved(hosts: Hosts) -> None:
@@ -291,13 +238,6 @@ async def own_hosts(stage: Stage) -> Hosts:
     return Hosts(stage, *await asyncio.gather(stage.sidecar("gamma"), stage.sidecar("delta")))
 
 
-def home_of_nobody(parent: Path, name: str) -> Path:
-    home = parent / name
-    home.mkdir()
-    os.chown(home, NOBODY, NOBODY)
-    return home
-
-
 async def test_firecrackers_of_another_user_pass_a_guest_on(own_hosts: Hosts, stage: Stage) -> None:
     homes = [home_of_nobody(stage.directory, name) for name in ("a", "b")]
     guest, waiting = await asyncio.gather(
@@ -306,15 +246,7 @@ async def test_firecrackers_of_another_user_pass_a_guest_on(own_hosts: Hosts, st
     crossing = await own_hosts.crossing(guest, waiting)
     await crossing.start()
     await crossing.arrives()
-    assert [path for host in (own_hosts.source, own_hosts.destination) for path in host.runtime_dir.iterdir()] == []
-
-
-def jail_of_nobody(parent: Path, name: str) -> Path:
-    """A root directory as the jailer of Firecracker makes it: /run is the user's."""
-    jail = parent / name
-    jail.mkdir()
-    home_of_nobody(jail, "run")
-    return jail
+    assert left_in(own_hosts.source, own_hosts.destination) == []
 
 
 async def test_jailed_firecrackers_pass_a_guest_on(own_hosts: Hosts, stage: Stage) -> None:

@@ -103,11 +103,15 @@ def full_disk(short_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", mounted], check=True)
 
 
-async def test_a_full_disk_does_not_stop_a_migration(stage: Stage, alpha: Sidecar, full_disk: Path) -> None:
+async def test_a_disk_too_full_to_note_a_guest_is_said_before_that_stops(
+    stage: Stage, alpha: Sidecar, full_disk: Path
+) -> None:
     destination = await stage.sidecar("destination", runtime_dir=full_disk / "run")
     crossing = await stage.crossing(alpha, destination)
     await crossing.start()
-    await crossing.arrives()
+    failed = await crossing.fails(Reason.NO_SPACE)
+    assert str(full_disk) in failed.error.message
+    assert not failed.HasField("downtime")
 
 
 async def test_a_runtime_directory_that_takes_no_socket_is_named(stage: Stage, alpha: Sidecar, full_disk: Path) -> None:

@@ -11,6 +11,7 @@ import typer
 from pageferry.cli import tables
 from pageferry.cli.options import Connection, GuestId, Json
 from pageferry.cli.output import console, print_json, show, to_dict
+from pageferry.client import DRIVER_VMM
 from pageferry.v1 import migration_pb2 as pb
 
 
@@ -53,13 +54,21 @@ def _print_checks(found: pb.PreflightResponse) -> None:
 def register(
     context: typer.Context,
     guest: GuestId,
-    vmm: Annotated[Path, typer.Argument(metavar="SOCKET", help="The Unix socket that its VMM serves VmmService on.")],
-    driver: Annotated[str, typer.Option(help="The kind of VMM.")] = "vmm",
+    vmm: Annotated[Path, typer.Argument(metavar="SOCKET", help="The Unix socket of its VMM's API.")],
+    driver: Annotated[
+        str,
+        typer.Option(
+            metavar="DRIVER",
+            help="The kind of VMM: vmm (one that serves VmmService), qemu (SOCKET is a QMP monitor of its own), "
+            "cloud-hypervisor or firecracker (SOCKET is its HTTP API).",
+        ),
+    ] = DRIVER_VMM,
     as_json: Json = False,
 ) -> None:
     """Tell the sidecar of a guest.
 
-    Either of one that runs, and can be moved away, or of a VMM that waits for one to come.
+    Either of one that runs, and can be moved away, or of a VMM that waits for one to come. The same again is harmless.
+    Guests that the sidecar shall know after each of its starts belong into its configuration.
     """
     # The sidecar's working directory is not the caller's.
     found = asyncio.run(_register(context.obj, guest, str(vmm.absolute()), driver))

@@ -37,6 +37,8 @@ def migrate(
 ) -> None:
     """Move a guest to another host, and follow it there.
 
+    One that cannot be moved runs on where it is, and the error says why; `list` tells before.
+
     Exit status 1 when the migration fails or is cancelled.
     """
     limits = options.limits(push_rate, push_window, fault_objective, push)
@@ -52,10 +54,13 @@ def migrate(
 
 def list_all(
     context: typer.Context,
-    guest: Annotated[str, typer.Option("--guest", metavar="GUEST", help="Only migrations of this guest.")] = "",
+    guest: Annotated[str, typer.Option("--guest", metavar="GUEST", help="Only this guest and its migrations.")] = "",
     as_json: Json = False,
 ) -> None:
-    """List the guests and migrations that the sidecar knows."""
+    """List the guests that the host can move, and the migrations that the sidecar knows.
+
+    Says of each guest whether it can be moved now, and below the table why not.
+    """
     guests, migrations = asyncio.run(_list(context.obj, guest))
     if as_json:
         print_json({"guests": list(map(to_dict, guests)), "migrations": list(map(to_dict, migrations))})

@@ -14,7 +14,7 @@ from pageferry.client import ended
 from pageferry.v1 import migration_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from rich.console import RenderableType
 
@@ -27,6 +27,9 @@ _GUEST_STATES: Final = {
     pb.GUEST_STATE_RUNNING: "running",
     pb.GUEST_STATE_INCOMING: "incoming",
     pb.GUEST_STATE_MIGRATING: "migrating",
+    pb.GUEST_STATE_PAUSED: "paused",
+    # The sidecar asked, and did not hear.
+    pb.GUEST_STATE_UNSPECIFIED: "no answer",
 }
 _ROLES: Final = {pb.ROLE_SOURCE: "leaves", pb.ROLE_DESTINATION: "comes"}
 
@@ -39,19 +42,27 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def guests(found: Iterable[pb.Guest]) -> RenderableType:
-    """Return the guests of a host."""
-    table = _table("GUEST", "STATE", "MEMORY", "PID", "DRIVER", "VMM")
+def guests(found: Sequence[pb.Guest]) -> RenderableType:
+    """Return the guests of a host, and below them why some cannot be moved."""
+    if not found:
+        return Text("no guests: tell the sidecar of one with `pageferry register`")
+    table = _table("GUEST", "STATE", "MOVABLE", "MEMORY", "PID", "DRIVER", "VMM")
     for guest in found:
         table.add_row(
-            guest.guest_id,
+            Text(guest.guest_id),
             _GUEST_STATES.get(guest.state, "unknown"),
-            bytes_text(guest.memory_bytes),
+            Text("yes", style="green") if guest.movable else Text("no", style="yellow"),
+            bytes_text(guest.memory_bytes) if guest.memory_bytes else "-",
             str(guest.pid) if guest.pid else "-",
             guest.driver,
-            guest.vmm_address,
+            Text(guest.vmm_address),
         )
-    return table if table.row_count else Text("no guests: tell the sidecar of one with `pageferry register`")
+    why_not = _table("GUEST", "WHY NOT")
+    for guest in found:
+        for obstacle in guest.obstacles:
+            # Whoever looks for a guest in the text finds its name on each line.
+            why_not.add_row(Text(guest.guest_id), Text(obstacle))
+    return Group(table, Text(), why_not) if why_not.row_count else table
 
 
 def migrations(found: Iterable[pb.Migration]) -> RenderableType:

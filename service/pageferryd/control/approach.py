@@ -41,6 +41,7 @@ class Approach:
         self._landing: Landing | None = None
         self.arrival: Arrival | None = None
         self._pid = 0
+        self._noted = False
         self.touched = False
         """Whether the VMM knows of this migration, and can serve no other."""
 
@@ -98,11 +99,14 @@ class Approach:
             raise FerryError(Reason.ILLEGAL_STATE, f"migration {self._name} has no memory to fill")
         return self.arrival
 
-    def noted(self) -> Arriving:
-        """Return what a later sidecar must know to go on."""
-        arrival = self.arrived()
-        layout = layout_to_proto(arrival.session.pager.layout)
-        return Arriving(self._guest.address, self._pid, self._request, layout, arrival.guarded_addresses)
+    def note(self) -> None:
+        """Note, once there is memory, what a later sidecar must know to go on. FerryError(NO_SPACE)."""
+        if self.arrival is None or self._noted:
+            return
+        layout = layout_to_proto(self.arrival.session.pager.layout)
+        addresses = self.arrival.guarded_addresses
+        self._around.journal.ready(Arriving(self._guest.address, self._pid, self._request, layout, addresses))
+        self._noted = True
 
     async def abandon(self) -> None:
         """Let the memory go, or the place where it would have come down: the VMM has ended, or was never to run."""

@@ -14,6 +14,7 @@ from pageferry.errors import FerryError, Reason
 from pageferry.v1 import fault_pb2_grpc
 from pageferryd.destination.fault_service import TOKEN_BYTES, FaultServicer
 from pageferryd.destination.json_faults import JsonFaults
+from pageferryd.linux.vmm_directory import VmmDirectory, give_to_owner_of_directory
 from pageferryd.server import Guard
 from pageferryd.vmm.driver import FaultEndpoint
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from pageferryd.destination.exit_door import ExitDoor
     from pageferryd.destination.handed_over import HandedOver
     from pageferryd.destination.session import Session
-    from pageferryd.linux.vmm_directory import VmmDirectory
 
 _SOCKET = "faults.sock"
 MAX_CALLS = 16
@@ -40,8 +40,8 @@ class Faults:
         self._json: JsonFaults | None = None
 
     @classmethod
-    async def start(cls, settings: Settings, directory: VmmDirectory, pid: int) -> Self:
-        """Listen for the VMM of process `pid`; faults are refused until `connect`. FerryError(PERMISSION_MISSING)."""
+    async def start(cls, settings: Settings, directory: VmmDirectory) -> Self:
+        """Listen for the VMM of the directory; faults are refused until `connect`. FerryError(PERMISSION_MISSING)."""
         token = secrets.token_bytes(TOKEN_BYTES)
         servicer = FaultServicer(token)
         server = grpc.aio.server(
@@ -50,7 +50,7 @@ class Faults:
         fault_pb2_grpc.add_FaultServiceServicer_to_server(servicer, server)
         path = directory.path / _SOCKET
         try:
-            _bind(server, path, pid)
+            _bind(server, path)
         except (RuntimeError, OSError) as error:
             await server.stop(None)
             path.unlink(missing_ok=True)
@@ -73,13 +73,11 @@ class Faults:
         self._path.unlink(missing_ok=True)
 
 
-def _bind(server: grpc.aio.Server, path: Path, pid: int) -> None:
+def _bind(server: grpc.aio.Server, path: Path) -> None:
     path.unlink(missing_ok=True)
     before = os.umask(0o177)
     try:
         server.add_insecure_port(f"unix:{path}")
     finally:
         os.umask(before)
-    owner = Path(f"/proc/{pid}").stat().st_uid
-    if owner != os.geteuid():
-        os.chown(path, owner, -1)
+    give_to_owner_of_directory(path)

@@ -63,6 +63,7 @@ class Incoming:
             try:
                 async with asyncio.timeout(self._limits.prepare_timeout):
                     await self._approach.ready(request, self._refuse_ended)
+                    self._approach.note()
             except FerryError as error:
                 await self._give_up(error)
                 raise
@@ -90,14 +91,26 @@ class Incoming:
     async def hand_over(self, request: incoming_pb2.HandOverRequest) -> None:
         """Load the state of the guest, which stands still at the source: its memory is served from now on."""
         async with self._turn:
-            self.record.lifecycle.require(State.PREPARING)
-            await self._approach.ready_late(request.layout)
-            self.record.lifecycle.to(State.HANDING_OVER)
-            await self._approach.load(request.state, self._serve)
-            if self.record.state.final:
-                # It was given up while the memory was on its way here.
-                await self._clean_up()
-                self._refuse_ended()
+            try:
+                async with asyncio.timeout(self._limits.handover_timeout):
+                    await self._load(request)
+            except TimeoutError as error:
+                raise FerryError(
+                    Reason.VMM_UNREACHABLE,
+                    f"the VMM of {self._guest.guest_id} has not loaded its guest's state within "
+                    f"{self._limits.handover_timeout:g} s",
+                ) from error
+
+    async def _load(self, request: incoming_pb2.HandOverRequest) -> None:
+        self.record.lifecycle.require(State.PREPARING)
+        await self._approach.ready_late(request.layout)
+        self.record.lifecycle.to(State.HANDING_OVER)
+        await self._approach.load(request.state, self._serve)
+        self._approach.note()
+        if self.record.state.final:
+            # It was given up while the memory was on its way here.
+            await self._clean_up()
+            self._refuse_ended()
 
     def _serve(self, arrival: Arrival) -> None:
         arrival.session.open_doors()
@@ -123,7 +136,7 @@ class Incoming:
             why = record.error.message if record.error is not None else "it was given up"
             raise FerryError(Reason.NEVER_RAN, f"migration {record.migration_id} ended before its commit: {why}")
         record.lifecycle.require(State.HANDING_OVER)
-        self._around.journal.owns(self._approach.noted())
+        self._around.journal.owns(record.migration_id)
         record.lifecycle.to(State.POSTCOPY)
         self._committed = True
         if self._deadline is not None:
@@ -296,6 +309,7 @@ class Incoming:
         if self._approach.touched:
             await self._kill()
         await self._approach.abandon()
+        self._around.journal.ended(self.record.migration_id)
         self._forget_arrival()
         self._let_guest_go()
 

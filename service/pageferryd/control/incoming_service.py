@@ -11,7 +11,7 @@ from pageferry import __version__
 from pageferry.errors import FerryError, Reason
 from pageferry.tls import peer_names
 from pageferry.v1 import incoming_pb2, incoming_pb2_grpc, migration_pb2
-from pageferryd.control.incoming import Incoming, Surroundings
+from pageferryd.control.incoming import Incoming
 from pageferryd.control.limits import check_limits
 from pageferryd.control.peer import PROTOCOL_VERSION
 from pageferryd.control.preflight import check_host
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from pageferryd.control.book import MigrationBook
     from pageferryd.control.drain import Drain
+    from pageferryd.control.surroundings import Surroundings
+    from pageferryd.control.templates import VmmStarter
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 # Part of a hand-off socket's path, and of metadata.
@@ -33,10 +35,11 @@ _MIGRATION_ID = r"[A-Za-z0-9]{1,32}"
 class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
     """Each method finds its migration, checks that the caller is its source, and leaves the rest to it."""
 
-    def __init__(self, book: MigrationBook, around: Surroundings, drain: Drain) -> None:
+    def __init__(self, book: MigrationBook, around: Surroundings, drain: Drain, starter: VmmStarter) -> None:
         self._book = book
         self._around = around
         self._drain = drain
+        self._starter = starter
 
     async def Probe(  # noqa: N802 - the name in the contract
         self, request: incoming_pb2.ProbeRequest, context: _Context
@@ -51,6 +54,11 @@ class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
 
     async def _check_guest(self, guest_id: str) -> migration_pb2.Check:
         check = migration_pb2.Check(name="guest", status=migration_pb2.CHECK_STATUS_FAILED)
+        drivers = self._starter.drivers(guest_id)
+        if drivers and not self._around.guests.knows(guest_id):
+            check.status = migration_pb2.CHECK_STATUS_OK
+            check.detail = f"a VMM of kind {' or '.join(drivers)} would be started for guest {guest_id} by a template"
+            return check
         try:
             guest = await self._around.guests.look(self._around.guests.get(guest_id))
         except FerryError as error:
@@ -69,7 +77,6 @@ class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
         self, request: incoming_pb2.PrepareRequest, context: _Context
     ) -> incoming_pb2.PrepareResponse:
         """Begin an incoming migration."""
-        self._drain.check()
         _check_prepare(request)
         _check_name(request.source_name, context)
         if request.protocol_version != PROTOCOL_VERSION:
@@ -78,9 +85,28 @@ class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
                 f"the source speaks protocol {request.protocol_version}, this destination {PROTOCOL_VERSION} "
                 f"(pageferryd {__version__}): run the same release on both hosts",
             )
+        self._check_acceptable(request.migration_id)
+        vmm = await self._starter.start(request.guest_id, request.driver)
+        try:
+            # Starting it took a while.
+            self._check_acceptable(request.migration_id)
+            incoming = self._begin(request)
+        except BaseException:
+            if vmm is not None:
+                await self._starter.discard(vmm)
+            raise
+        if vmm is not None:
+            self._starter.attend(vmm, incoming.record)
+        await incoming.prepare(request)
+        return incoming_pb2.PrepareResponse()
+
+    def _check_acceptable(self, migration_id: str) -> None:
+        self._drain.check()
         self._book.check_room()
-        if self._book.knows(request.migration_id):
-            raise FerryError(Reason.ILLEGAL_STATE, f"migration {request.migration_id} is known here already")
+        if self._book.knows(migration_id):
+            raise FerryError(Reason.ILLEGAL_STATE, f"migration {migration_id} is known here already")
+
+    def _begin(self, request: incoming_pb2.PrepareRequest) -> Incoming:
         record = MigrationRecord(
             migration_id=request.migration_id,
             request_id="",
@@ -94,8 +120,7 @@ class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
         guest = self._around.guests.claim(request.guest_id, request.migration_id)
         incoming = Incoming(record, guest, self._around)
         self._book.add(incoming)
-        await incoming.prepare(request)
-        return incoming_pb2.PrepareResponse()
+        return incoming
 
     async def HandOver(  # noqa: N802
         self, request: incoming_pb2.HandOverRequest, context: _Context
@@ -108,7 +133,9 @@ class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
         self, request: incoming_pb2.CommitRequest, context: _Context
     ) -> incoming_pb2.CommitResponse:
         """Run the guest."""
-        await self._find(request.migration_id, context).commit()
+        incoming = self._find(request.migration_id, context)
+        self._starter.keep(request.migration_id)
+        await incoming.commit()
         return incoming_pb2.CommitResponse()
 
     async def Abort(  # noqa: N802

@@ -1,7 +1,8 @@
 """What a sidecar must know again after it was killed: the guests whose memory it was filling.
 
 One file a migration, in the runtime directory: like the VMMs that it is about, it outlives the sidecar but no restart
-of the host. A file is complete, or it is none: it is written beside its place, synced and renamed, with a digest.
+of the host. It is written and synced as NAME.new before the guest stops at its source, with a digest, and renamed to
+NAME.json when the guest becomes this host's: so that step needs no room, and is done or not.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class Journal:
         self._directory = directory
         self._discards: dict[str, int] = {}
 
-    def owns(self, arriving: Arriving) -> None:
-        """Note, durably, that a guest is this host's from now on. FerryError(NO_SPACE) where that cannot be."""
+    def ready(self, arriving: Arriving) -> None:
+        """Note a guest that is to become this host's, so that `owns` needs no room. FerryError(NO_SPACE)."""
         content = {
             "version": VERSION,
             "address": arriving.address,
@@ -66,9 +67,17 @@ class Journal:
         text = json.dumps(content).encode()
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _write_whole(self._entry(arriving.prepare.migration_id), text + b"\n" + _digest(text))
+            _write(self._readied(arriving.prepare.migration_id), text + b"\n" + _digest(text))
         except OSError as error:
             raise _unwritable(arriving.prepare.migration_id, self._directory, error) from error
+
+    def owns(self, migration_id: str) -> None:
+        """Note, durably, that the guest is this host's from now on. FerryError(NO_SPACE) where that cannot be."""
+        try:
+            self._readied(migration_id).rename(self._entry(migration_id))
+            _sync_directory(self._directory)
+        except OSError as error:
+            raise _unwritable(migration_id, self._directory, error) from error
 
     def discarded(self, migration_id: str, first: int, pages: int) -> None:
         """Note that the guest gave pages away: what the source has of them is stale. FerryError(NO_SPACE)."""
@@ -87,7 +96,7 @@ class Journal:
         fd = self._discards.pop(migration_id, None)
         if fd is not None:
             os.close(fd)
-        for path in (self._entry(migration_id), self._notes(migration_id)):
+        for path in (self._readied(migration_id), self._entry(migration_id), self._notes(migration_id)):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._directory.rmdir()
@@ -98,8 +107,15 @@ class Journal:
             os.close(self._discards.popitem()[1])
 
     def unfinished(self) -> Iterator[Arriving]:
-        """Yield what an earlier sidecar left; files that cannot be read stay, and are logged."""
-        for path in sorted(self._directory.glob("*.json")):
+        """Yield the guests that an earlier sidecar owned; files that cannot be read stay, and are logged."""
+        return self._entries("*.json")
+
+    def never_owned(self) -> Iterator[Arriving]:
+        """Yield the guests that an earlier sidecar was ready for, and that never ran here."""
+        return self._entries("*.new")
+
+    def _entries(self, pattern: str) -> Iterator[Arriving]:
+        for path in sorted(self._directory.glob(pattern)):
             try:
                 yield _read(path)
             except (OSError, ValueError, KeyError, TypeError, DecodeError) as error:
@@ -116,6 +132,9 @@ class Journal:
 
     def _entry(self, migration_id: str) -> Path:
         return self._directory / f"{migration_id}.json"
+
+    def _readied(self, migration_id: str) -> Path:
+        return self._directory / f"{migration_id}.new"
 
     def _notes(self, migration_id: str) -> Path:
         return self._directory / f"{migration_id}.discards"
@@ -135,17 +154,21 @@ def _read(path: Path) -> Arriving:
     return Arriving(str(content["address"]), int(content["pid"]), prepare, layout, addresses)
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    beside = path.with_suffix(".new")
-    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+def _write(path: Path, content: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         with open(fd, "wb", closefd=False) as file:
             file.write(content)
         os.fsync(fd)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     finally:
         os.close(fd)
-    beside.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)
     finally:

@@ -63,7 +63,7 @@ class Landing:
         faults: Faults | None = None
         try:
             directory = VmmDirectory.make(settings.runtime_dir, name, vmm.pid)
-            faults = await Faults.start(settings, directory, vmm.pid)
+            faults = await Faults.start(settings, directory)
             landing = cls(vmm, settings, directory, faults, opener)
         except BaseException:
             if lanes is not None:

@@ -68,6 +68,10 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         except FerryError as error:
             check.detail, check.remedy = error.message, "start the guest's VMM and register it"
             return check
+        if not guest.movable:
+            check.detail = f"guest {guest_id} cannot be moved now: {'; '.join(guest.obstacles)}"
+            check.remedy = "remove what is in the way"
+            return check
         check.status = migration_pb2.CHECK_STATUS_OK
         check.detail = f"guest {guest_id}: process {guest.pid}, {guest.memory_bytes >> 20} MiB"
         return check

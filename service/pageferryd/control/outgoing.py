@@ -185,7 +185,7 @@ class Outgoing:
         layout = served.layout
         runs = [layout.run_at(address, size) for address, size in private.ranges]
         served.open(runs, exporter(driver, layout) if private.opaque else None)
-        await self._peer().hand_over(saved.state, told_now, self._around.settings.limits.handover_timeout)
+        await self._peer().hand_over(saved.state, told_now, self._around.settings.limits.handover_timeout + 2.0)
 
     async def _commit(self) -> None:
         """Give the guest away. It never runs here from now on, unless the destination says it never did there."""

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import migration_pb2
+from pageferryd.config import GUEST_ID
 from pageferryd.control.fitting import memory_bytes
 from pageferryd.vmm.driver import Activity, Description, VmmDriver
 
 MAX_GUESTS = 4096
-_GUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 DriverFactory = Callable[[str], VmmDriver]
 
 
 @dataclass(slots=True)
 class Guest:
-    """A registered guest, its VMM, and the migration that has it, if any."""
+    """A registered guest, its VMM, and the migration that has it, if any.
+
+    A `lasting` one stays registered when its VMM has ended: another one may come up at the same address.
+    """
 
     guest_id: str
     driver_name: str
     address: str
     driver: VmmDriver
     migration_id: str | None = None
+    lasting: bool = False
 
 
 class GuestRegistry:
@@ -36,17 +39,18 @@ class GuestRegistry:
         self._drivers = drivers
         self._guests: dict[str, Guest] = {}
 
-    async def register(self, guest_id: str, driver_name: str, address: str) -> migration_pb2.Guest:
-        """Register a guest whose VMM answers; the same again is harmless."""
-        if not _GUEST_ID.fullmatch(guest_id):
+    async def register(
+        self, guest_id: str, driver_name: str, address: str, *, must_answer: bool = True, lasting: bool = False
+    ) -> migration_pb2.Guest:
+        """Register a guest; the same again is harmless. A VMM that need not answer is not asked: it shows no state.
+
+        FerryError: INVALID_ARGUMENT, GUEST_EXISTS, TOO_MANY_MIGRATIONS, or what the VMM says.
+        """
+        if not GUEST_ID.fullmatch(guest_id):
             raise FerryError(
                 Reason.INVALID_ARGUMENT, f"{guest_id!r} is no guest id: use 1 to 128 letters, digits, '.', '_' or '-'"
             )
-        factory = self._drivers.get(driver_name)
-        if factory is None:
-            raise FerryError(
-                Reason.INVALID_ARGUMENT, f"there is no driver {driver_name!r}: use one of {', '.join(self._drivers)}"
-            )
+        factory = self._factory(driver_name)
         known = self._guests.get(guest_id)
         if known is not None:
             if (known.driver_name, known.address) != (driver_name, address):
@@ -57,7 +61,19 @@ class GuestRegistry:
             return await self.look(known)
         if len(self._guests) >= MAX_GUESTS:
             raise FerryError(Reason.TOO_MANY_MIGRATIONS, f"{MAX_GUESTS} guests are registered: unregister some")
-        return await self._add(Guest(guest_id, driver_name, address, factory(address)))
+        guest = Guest(guest_id, driver_name, address, factory(address), lasting=lasting)
+        if must_answer:
+            return await self._add(guest)
+        self._guests[guest_id] = guest
+        return _plain(guest)
+
+    def _factory(self, driver_name: str) -> DriverFactory:
+        factory = self._drivers.get(driver_name)
+        if factory is None:
+            raise FerryError(
+                Reason.INVALID_ARGUMENT, f"there is no driver {driver_name!r}: use one of {', '.join(self._drivers)}"
+            )
+        return factory
 
     async def _add(self, guest: Guest) -> migration_pb2.Guest:
         try:
@@ -93,13 +109,30 @@ class GuestRegistry:
         guest = self.get(guest_id)
         if guest.migration_id is not None:
             raise FerryError(Reason.GUEST_BUSY, f"guest {guest_id} is in migration {guest.migration_id}")
-        await self.forget(guest)
+        await self._remove(guest)
 
     async def forget(self, guest: Guest) -> None:
-        """Forget a guest whose VMM has ended or is to be left alone."""
-        if self._guests.get(guest.guest_id) is guest:
+        """Forget a guest whose VMM has ended; a lasting one begins anew, free, for the next VMM at its address.
+
+        The migration that ended keeps `guest` itself, whose driver must not reach that next VMM.
+        """
+        if guest.lasting and self.has(guest):
+            driver = self._factory(guest.driver_name)(guest.address)
+            self._guests[guest.guest_id] = replace(guest, driver=driver, migration_id=None)
+        await self._remove(guest)
+
+    async def _remove(self, guest: Guest) -> None:
+        if self.has(guest):
             del self._guests[guest.guest_id]
         await guest.driver.close()
+
+    def has(self, guest: Guest) -> bool:
+        """Say whether this very guest is registered, and not another of its id."""
+        return self._guests.get(guest.guest_id) is guest
+
+    def knows(self, guest_id: str) -> bool:
+        """Say whether a guest of that id is registered."""
+        return guest_id in self._guests
 
     async def list(self) -> list[migration_pb2.Guest]:
         """Return all guests by id; one whose VMM does not answer shows without a state."""
@@ -120,7 +153,7 @@ class GuestRegistry:
     async def close(self) -> None:
         """Let all VMMs' connections go."""
         for guest in list(self._guests.values()):
-            await self.forget(guest)
+            await self._remove(guest)
 
 
 def _plain(guest: Guest) -> migration_pb2.Guest:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing import Final
 
 # What the labels of the counts can be. Figures with others are a mistake of whoever counted.
-DOORS: Final = ("uffd", "exit")
+DOORS: Final = ("uffd", "exit", "offload")
 FAULT_CLASSES: Final = ("missing", "joined", "zero", "present", "poisoned")
 LANES: Final = ("demand", "push")
 PAGE_KINDS: Final = ("raw", "zero", "poisoned")

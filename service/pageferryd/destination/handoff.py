@@ -20,6 +20,7 @@ from pageferry.errors import FerryError, Reason
 from pageferryd.destination.address_map import AddressMap
 from pageferryd.destination.handed_over import MAX_FDS, Handoff, assemble
 from pageferryd.linux.unix_peer import peer_credentials, recv_with_fds
+from pageferryd.linux.vmm_directory import give_to_owner_of_directory
 
 if TYPE_CHECKING:
     from pageferryd.core.layout import Layout
@@ -32,7 +33,7 @@ class HandoffListener:
     """A Unix socket for one hand-off from one process."""
 
     def __init__(self, path: Path, layout: Layout, pid: int) -> None:
-        """Listen at `path`, with mode 0600, for process `pid`."""
+        """Listen at `path`, with mode 0600 and for the user of its directory, for process `pid`."""
         self.path = path
         self._layout = layout
         self._pid = pid
@@ -40,8 +41,7 @@ class HandoffListener:
         try:
             self._listener.setblocking(False)
             path.unlink(missing_ok=True)
-            self._listener.bind(str(path))
-            path.chmod(0o600)
+            bind_private(self._listener, path)
             self._listener.listen(1)
         except OSError as error:
             self.close()
@@ -81,6 +81,16 @@ class HandoffListener:
             handoff = assemble(fds, read_table(table, self._layout), connection)
             undo.pop_all()
             return handoff
+
+
+def bind_private(listener: socket.socket, path: Path) -> None:
+    """Bind a socket for the user whom its directory belongs to, and nobody else. Raises OSError."""
+    before = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(before)
+    give_to_owner_of_directory(path)
 
 
 def _close_all(fds: list[int]) -> None:

@@ -122,3 +122,11 @@ def _let_pass(parent: Path, uid: int) -> None:
     found = parent.stat()
     if found.st_uid != uid and not found.st_mode & 0o001:
         parent.chmod(found.st_mode & 0o777 | 0o011)
+
+
+def give_to_owner_of_directory(path: Path) -> None:
+    """Make a file or socket the property of whom its directory belongs to. Raises OSError."""
+    owner = path.parent.stat()
+    if owner.st_uid != os.geteuid():
+        # That user may have put a link in its place.
+        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
