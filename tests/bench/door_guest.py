@@ -2,8 +2,9 @@
 
 Its memory is a shared memfd in either case. With `--door uffd` a userfaultfd goes to the pager, and a fault is a touch
 of the mapping. With `--door exit` the memfd and a userfault bitmap go there, and a fault is what a VMM does at a vCPU's
-exit: look at the bitmap, forward the fault where the page's bit is set, then read the page. Faults go to the
-pager as JSON over the hand-off's connection, as FaultForwarder does where it can; with `--door grpc` to FaultService.
+exit: look at the bitmap, forward the fault where the page's bit is set, then read the page. Nothing in the kernel stops
+these loads, so they keep the GIL, where a touch that may be a userfault lets go of it. Faults go to the pager as JSON
+over the hand-off's connection, as FaultForwarder does where it can; with `--door grpc` to FaultService.
 
 One JSON object a line on stdout, one command a line on stdin: `touch COUNT THREADS` touches COUNT random pages that are
 missing, or as many as there still are, and answers with the microseconds of each and the seconds of all.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import itertools
 import json
 import os
@@ -48,6 +50,8 @@ from pageferry.vmm import (  # noqa: E402
 )
 
 _PRESENT = 1 << 63
+NUMBER = 8
+"""Bytes of a page's number, with which it begins."""
 
 
 class Door(Protocol):
@@ -56,42 +60,45 @@ class Door(Protocol):
     def is_missing(self, page: int) -> bool:
         """Tell whether a touch would fault; not part of the time that is measured."""
 
-    def enter(self, vcpu: int, page: int) -> None:
-        """Do what comes before the touch itself."""
+    def touch(self, vcpu: int, page: int) -> bytes:
+        """Return the first bytes of a page, once it is there."""
 
 
 class UffdDoor:
     """The touch is all."""
 
     def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
         self._first = memory.address // PAGE
         self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY)
 
     def is_missing(self, page: int) -> bool:
         return not int.from_bytes(os.pread(self._pagemap, 8, (self._first + page) * 8), "little") & _PRESENT
 
-    def enter(self, vcpu: int, page: int) -> None:
-        pass
+    def touch(self, vcpu: int, page: int) -> bytes:
+        return self._memory.read(page * PAGE, NUMBER)
 
 
 class ExitDoor:
     """Each access looks at the bitmap first."""
 
-    def __init__(self, bitmap: UserfaultBitmap, forwarder: FaultForwarder) -> None:
-        self._bitmap = bitmap
+    def __init__(self, memory: GuestMemory, bitmap: UserfaultBitmap, forwarder: FaultForwarder) -> None:
+        self._memory = memory.address
+        self._bits = bitmap.address
         self._forwarder = forwarder
 
     def is_missing(self, page: int) -> bool:
-        return self._bitmap.is_set(page)
+        return bool(ctypes.string_at(self._bits + (page >> 3), 1)[0] >> (page & 7) & 1)
 
-    def enter(self, vcpu: int, page: int) -> None:
-        while self._bitmap.is_set(page):
+    def touch(self, vcpu: int, page: int) -> bytes:
+        while self.is_missing(page):
             try:
                 self._forwarder.resolve(vcpu, page * PAGE, PAGE, Access.READ)
             except FerryError as error:
                 # Every page is in, and the forwarder was closed before it had this answer.
-                if error.reason is not Reason.CANCELLED or self._bitmap.is_set(page):
+                if error.reason is not Reason.CANCELLED or self.is_missing(page):
                     raise
+        return ctypes.string_at(self._memory + page * PAGE, NUMBER)
 
     def close(self) -> None:
         self._forwarder.close()
@@ -128,7 +135,7 @@ class DoorGuest(Toucher):
         forwarder = FaultForwarder(self._endpoint)
         if self._kind == "exit":
             self.link.forward_through(forwarder)
-        self.door = ExitDoor(bitmap, forwarder)
+        self.door = ExitDoor(self.memory, bitmap, forwarder)
 
     async def detach_pager(self) -> None:
         if isinstance(self.door, ExitDoor):
@@ -184,8 +191,7 @@ class Touches:
             if not door.is_missing(page):
                 continue
             began = time.perf_counter_ns()
-            door.enter(vcpu, page)
-            found = self._memory.read(page * PAGE, 8)
+            found = door.touch(vcpu, page)
             taken.append(round((time.perf_counter_ns() - began) / 1000, 1))
             if int.from_bytes(found, "little") != page + 1:
                 raise ValueError(f"page {page} begins with {found!r}")

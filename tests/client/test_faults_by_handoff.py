@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -133,6 +134,71 @@ def test_many_threads_fault_at_once_again_and_again(pager: Pager) -> None:
 
     assert list(pager.vcpus.map(work, range(16), timeout=SECONDS)) == [[0] * 100] * 16
     answering.join(SECONDS)
+    assert pager.service.faults.empty()
+
+
+def test_threads_that_are_answered_together_are_all_woken_and_lose_nothing_that_they_ask_for_next(pager: Pager) -> None:
+    left = 16 * 100
+
+    def answer_all() -> None:
+        nonlocal left
+        text = ""
+        while left:
+            text += pager.connection.recv(65536).decode()
+            answers = []
+            while text:
+                try:
+                    fault, end = json.JSONDecoder().raw_decode(text)
+                except json.JSONDecodeError:
+                    break
+                answers.append(reply(fault))
+                text = text[end:]
+            left -= len(answers)
+            pager.connection.sendall(b"".join(answers))
+
+    answering = threading.Thread(target=answer_all)
+    answering.start()
+
+    def work(vcpu: int) -> list[int]:
+        return [pager.forwarder.resolve(vcpu, page % 64 * PAGE).guest_address // PAGE for page in range(100)]
+
+    assert list(pager.vcpus.map(work, range(16), timeout=SECONDS)) == [[page % 64 for page in range(100)]] * 16
+    answering.join(SECONDS)
+    assert left == 0
+    assert pager.service.faults.empty()
+
+
+class Interrupt(Exception):  # noqa: N818 - what a signal's handler raises, no failure
+    """Takes a thread out of its wait."""
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["it reads", "another reads"])
+def test_a_thread_that_a_signal_takes_out_of_its_wait_leaves_the_others_to_theirs(pager: Pager, reads: bool) -> None:
+    def interrupt(_number: int, _frame: object) -> None:
+        raise Interrupt
+
+    def touch_around() -> tuple[list[dict[str, Any]], list[Future[Resolution]]]:
+        """Interrupt the main thread's wait once others wait behind it."""
+        faults = [pager.fault()]
+        others = [pager.touch(page) for page in range(len(early) + 1, 4)]
+        faults += [pager.fault() for _ in others]
+        signal.pthread_kill(main, signal.SIGUSR1)
+        return faults, others
+
+    main = threading.get_ident()
+    early = [] if reads else [pager.touch(1)]
+    faults = [pager.fault() for _ in early]
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        around = pager.vcpus.submit(touch_around)
+        with pytest.raises(Interrupt):
+            pager.forwarder.resolve(0, 0)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    more, late = around.result(SECONDS)
+    pager.connection.sendall(b"".join(reply(fault) for fault in faults + more))
+    for page, other in enumerate(early + late, 1):
+        assert other.result(SECONDS) == Resolution(page * PAGE, PAGE, Outcome.INSTALLED)
     assert pager.service.faults.empty()
 
 

@@ -108,3 +108,49 @@ def test_a_fault_too_large_to_be_one_is_refused(door: ExitDoor) -> None:
     with pytest.raises(FerryError) as refused:
         door.fault(0, 513, lambda _how: None)
     assert refused.value.reason is Reason.INVALID_ARGUMENT
+
+
+def test_faults_that_came_together_are_delivered_together_and_answered_one_by_one(delivered: Delivered) -> None:
+    door = ExitDoor(LAYOUT)
+    batches: list[list[int]] = []
+    door.open(lambda events: batches.append(list(events.faults)), delivered.fail)
+    answers: list[tuple[int, Settled]] = []
+    door.faults([(page, lambda how, page=page: answers.append((page, how))) for page in (5, 2, 5)])
+    assert batches == [[5, 2, 5]]
+    door.settled(2, 1, Settled.ZERO)
+    assert answers == [(2, Settled.ZERO)]
+    door.settled(0, 8, Settled.INSTALLED)
+    assert answers == [(2, Settled.ZERO), (5, Settled.INSTALLED), (5, Settled.INSTALLED)]
+
+
+def test_faults_that_came_together_are_refused_together(door: ExitDoor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exit_door, "MAX_WAITING", 2)
+    answers: list[Settled] = []
+    with pytest.raises(FerryError) as full:
+        door.faults([(page, answers.append) for page in range(3)])
+    assert full.value.reason is Reason.TOO_MANY_MIGRATIONS
+    door.settled(0, 8, Settled.INSTALLED)
+    assert answers == []
+    door.faults([(page, answers.append) for page in range(2)])
+    door.settled(0, 8, Settled.INSTALLED)
+    assert answers == [Settled.INSTALLED] * 2
+
+
+def test_faults_that_the_pager_fails_to_take_are_not_answered_and_leave_their_room(
+    delivered: Delivered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exit_door, "MAX_WAITING", 2)
+    door = ExitDoor(LAYOUT)
+
+    def fail(_events: object) -> None:
+        door.settled(1, 1, Settled.PRESENT)
+        raise OSError("no pager")
+
+    door.open(fail, delivered.fail)
+    answers: list[Settled] = []
+    for _ in range(2):
+        with pytest.raises(OSError, match="no pager"):
+            door.faults([(1, answers.append), (2, answers.append)])
+    door.settled(0, 8, Settled.INSTALLED)
+    # What was settled before the failure is all that was answered.
+    assert answers == [Settled.PRESENT] * 2

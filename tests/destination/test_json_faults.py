@@ -192,6 +192,20 @@ async def test_a_vmm_whose_fault_is_refused_sees_the_end_of_the_answers(line: Li
         assert await asyncio.get_running_loop().sock_recv(line.vmm, 1) == b""
 
 
+async def test_faults_that_came_before_a_refused_one_are_taken(line: Line) -> None:
+    await line.send(request(3) + request(4) + request(64) + request(5))
+    await line.closed()
+    assert line.session.faults == [3, 4]
+
+
+async def test_faults_that_are_there_together_are_delivered_together(line: Line) -> None:
+    first: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+    line.door.open(lambda events: first.set_result(list(events.faults)), line.session.failures.append)
+    # One send: there is no moment at which the pager could see only some of them.
+    line.vmm.send(request(3) + request(9) + request(3))
+    assert await asyncio.wait_for(first, DEADLINE) == [3, 9, 3]
+
+
 async def test_answers_of_one_turn_of_the_loop_are_sent_together(line: Line) -> None:
     await line.send(b"".join(request(page) for page in range(64)))
     await line.session.until(64)

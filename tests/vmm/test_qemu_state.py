@@ -16,12 +16,31 @@ from pageferry.errors import FerryError, Reason
 from pageferryd.vmm.qemu import state as state_module
 from pageferryd.vmm.qemu.blocks import find_blocks
 from pageferryd.vmm.qemu.monitor import Monitor
-from pageferryd.vmm.qemu.state import load_state, machine_of, save_state
+from pageferryd.vmm.qemu.state import (
+    close_plan,
+    load_state,
+    machine_of,
+    ready_to_load,
+    ready_to_save,
+    save_state,
+)
 
 pytestmark = needs_qemu_and_root
 
 MACHINE = ["-machine", "pc", "-m", "32"]
 INCOMING = ["-S", "-incoming", "defer"]
+
+
+async def save(qemu: Qemu) -> bytes:
+    plan = await ready_to_save(qemu.monitor)
+    try:
+        return await save_state(qemu.monitor, plan)
+    finally:
+        await close_plan(qemu.monitor, plan)
+
+
+async def load(qemu: Qemu, state: bytes, seconds: float = SECONDS) -> None:
+    await load_state(qemu.monitor, state, await ready_to_load(qemu.monitor), seconds)
 
 
 async def move_ram(source: Qemu, destination: Qemu) -> None:
@@ -64,13 +83,13 @@ async def status(qemu: Qemu) -> str:
 
 async def refused(qemu: Qemu, state: bytes) -> FerryError:
     with pytest.raises(FerryError) as caught:
-        await load_state(qemu.monitor, state, SECONDS)
+        await load(qemu, state)
     return caught.value
 
 
 async def saved(tmp_path: Path, *arguments: str) -> bytes:
     async with running_qemu(tmp_path / "source", *(arguments or MACHINE), "-S") as source:
-        return await save_state(source.monitor)
+        return await save(source)
 
 
 def resealed(body: bytes) -> bytes:
@@ -99,9 +118,9 @@ async def test_a_guest_that_was_moved_runs_on(tmp_path: Path) -> None:
     ):
         await source.bios_ran()
         await source.monitor.execute("stop")
-        state = await save_state(source.monitor)
+        state = await save(source)
         await move_ram(source, destination)
-        await load_state(destination.monitor, state, SECONDS)
+        await load(destination, state)
         assert await status(destination) == "paused"
         assert await ticks(destination) == await ticks(source) > 0
         await destination.monitor.execute("cont")
@@ -113,7 +132,7 @@ async def test_a_guest_that_was_moved_runs_on(tmp_path: Path) -> None:
 async def test_a_destination_that_was_not_told_to_wait_does_not_start_by_itself(tmp_path: Path) -> None:
     state = await saved(tmp_path)
     async with running_qemu(tmp_path / "destination", *MACHINE, "-incoming", "defer") as destination:
-        await load_state(destination.monitor, state, SECONDS)
+        await load(destination, state)
         assert await status(destination) == "paused"
 
 
@@ -121,7 +140,7 @@ async def test_a_source_goes_on_after_its_state_was_saved(tmp_path: Path) -> Non
     async with running_qemu(tmp_path / "source", *MACHINE) as source:
         await source.bios_ran()
         await source.monitor.execute("stop")
-        assert len({len(await save_state(source.monitor)) for _ in range(2)}) == 1
+        assert len({len(await save(source)) for _ in range(2)}) == 1
         await source.monitor.execute("cont")
         await runs_on(source)
 
@@ -129,7 +148,7 @@ async def test_a_source_goes_on_after_its_state_was_saved(tmp_path: Path) -> Non
 async def test_a_source_keeps_nothing_of_what_it_saved(tmp_path: Path) -> None:
     async with running_qemu(tmp_path / "source", *MACHINE) as source:
         await source.monitor.execute("stop")
-        await save_state(source.monitor)
+        await save(source)
         assert kept_bytes(source) == [0]
         # QEMU closes what it was told to let go of once the guest runs and the monitor's client leaves.
         await source.monitor.execute("cont")
@@ -152,9 +171,9 @@ async def test_the_lock_on_a_disk_moves_with_the_guest_and_comes_back_on_an_undo
     ):
         await source.bios_ran()
         await source.monitor.execute("stop")
-        state = await save_state(source.monitor)
+        state = await save(source)
         await move_ram(source, destination)
-        await load_state(destination.monitor, state, SECONDS)
+        await load(destination, state)
         # Undone: the destination has the state, and the source goes on all the same.
         await source.monitor.execute("cont")
         await runs_on(source)
@@ -162,9 +181,9 @@ async def test_the_lock_on_a_disk_moves_with_the_guest_and_comes_back_on_an_undo
             await destination.monitor.execute("cont")
         # Once more, and to the end.
         await source.monitor.execute("stop")
-        state = await save_state(source.monitor)
+        state = await save(source)
         await move_ram(source, second)
-        await load_state(second.monitor, state, SECONDS)
+        await load(second, state)
         await second.monitor.execute("cont")
         await runs_on(second)
         with pytest.raises(FerryError, match="lock"):
@@ -174,7 +193,7 @@ async def test_the_lock_on_a_disk_moves_with_the_guest_and_comes_back_on_an_undo
 async def test_a_guest_that_runs_is_not_saved(tmp_path: Path) -> None:
     async with running_qemu(tmp_path / "source", *MACHINE) as source:
         with pytest.raises(FerryError, match="stop it") as caught:
-            await save_state(source.monitor)
+            await save(source)
         assert caught.value.reason is Reason.VMM_FAILED
         assert await status(source) == "running"
 
@@ -196,7 +215,7 @@ async def test_a_damaged_state_is_refused_and_the_destination_still_takes_the_ri
         assert (await refused(destination, b"\x7fELF" + state[4:])).reason is Reason.VMM_FAILED
         assert (await refused(destination, bytes(66 << 20))).reason is Reason.VMM_FAILED
         assert await status(destination) == "inmigrate"
-        await load_state(destination.monitor, state, SECONDS)
+        await load(destination, state)
         assert await status(destination) == "paused"
 
 
@@ -243,7 +262,7 @@ async def test_a_qemu_that_is_killed_while_it_loads_is_gone(tmp_path: Path, monk
     monkeypatch.setattr(state_module, "_write", write_half)
     async with running_qemu(tmp_path / "destination", *MACHINE, *INCOMING) as destination:
         with destination.monitor.events("MIGRATION") as events:
-            loading = asyncio.create_task(load_state(destination.monitor, state, SECONDS))
+            loading = asyncio.create_task(load(destination, state))
             await destination.monitor.wait_event(events, SECONDS)
             destination.process.kill()
             with pytest.raises(FerryError) as caught:
@@ -256,5 +275,5 @@ async def test_a_load_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(state_module, "_write", write_half)
     async with running_qemu(tmp_path / "destination", *MACHINE, *INCOMING) as destination:
         with pytest.raises(FerryError) as caught:
-            await load_state(destination.monitor, state, 0.3)
+            await load(destination, state, 0.3)
         assert caught.value.reason in (Reason.VMM_UNREACHABLE, Reason.VMM_GONE)

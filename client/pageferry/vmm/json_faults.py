@@ -2,6 +2,10 @@
 
 Of the threads that wait one reads, for all; once it has its own answer it leaves the reading to another. So a single
 thread's fault is one send and one receive, with no other thread on its way.
+
+Threads whose answers came together are woken one by one, each by the one before: woken at once, all but one would only
+go to sleep again, for the GIL. What they ask for meanwhile is sent together once the last is awake. So faults that
+came together stay together on all of their way, and the pager, too, wakes up once for all of them.
 """
 
 from __future__ import annotations
@@ -13,10 +17,12 @@ import logging
 import os
 import select
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from pageferry.vmm.fault_messages import Outcome, Resolution
 from pageferry.vmm.regions import PAGE_SIZE
+from pageferry.vmm.short_send import send_short
 
 if TYPE_CHECKING:
     import socket
@@ -28,12 +34,17 @@ _CHUNK: Final = 64 << 10
 _MAX_REPLY: Final = 4 << 10
 _MAX_TOKEN: Final = (1 << 32) - 1
 _MAX_FLAGS: Final = (1 << 64) - 1
+_MOST_TOGETHER: Final = 8
+"""Faults that wait for each other before they are sent: the pager serves these while the next are gathered."""
+_REQUEST: Final = b'{"vcpu":%d,"offset":%d,"flags":%d,"token":%d,"poison":true}'
 
 _log = logging.getLogger(__name__)
 
 
 class _Waiting:
     """A thread that waits until `over`, with a resolution or without; its turn comes then, or when it is to read."""
+
+    __slots__ = ("address", "over", "resolution", "turn")
 
     def __init__(self, address: int) -> None:
         self.address = address
@@ -65,6 +76,10 @@ class JsonFaults:
         self._waiting: dict[int, _Waiting] = {}
         self._token = 0
         self._reader: _Waiting | None = None
+        # Whose turn it is, and who was called before them and has yet to call the next.
+        self._turns: deque[_Waiting] = deque()
+        self._called: _Waiting | None = None
+        self._unsent: list[bytes] = []
         self._ended = False
 
     def resolve(self, vcpu: int, guest_address: int, flags: int = 0) -> Resolution | None:
@@ -82,15 +97,24 @@ class JsonFaults:
             if self._ended or len(self._waiting) >= self._most_in_flight:
                 return None
             self._token = token = self._token % _MAX_TOKEN + 1
+            self._unsent.append(_REQUEST % (vcpu, offset, flags, token))
             self._waiting[token] = mine
             if self._reader is None:
                 self._reader = mine
-        self._send(b'{"vcpu":%d,"offset":%d,"flags":%d,"token":%d,"poison":true}' % (vcpu, offset, flags, token))
-        while not mine.over:
-            if self._reader is mine:
-                self._read()
-            else:
-                mine.turn.acquire()
+            together = self._called is not None and len(self._unsent) < _MOST_TOGETHER
+            requests = b"" if together else self._take_unsent()
+        try:
+            self._send(requests)
+            while not mine.over:
+                if self._reader is mine:
+                    self._read()
+                else:
+                    mine.turn.acquire()
+                    self._call_next()
+        except BaseException:
+            # A signal's handler has raised: the others must not wait for this thread.
+            self._give_up(token, mine)
+            raise
         if self._reader is mine:
             self._leave_reading()
         return mine.resolution
@@ -106,6 +130,7 @@ class JsonFaults:
                 if waiting.address in addresses:
                     del self._waiting[token]
                     self._release(waiting, delivery, nudge=True)
+                    self._call_first()
                     return True
         return False
 
@@ -120,12 +145,23 @@ class JsonFaults:
         first, size, offset = self._regions[index]
         return address - first + offset if address - first < size else None
 
-    def _send(self, request: bytes) -> None:
+    def _send(self, requests: bytes) -> None:
+        if not requests:
+            return
         try:
-            # The kernel takes so few bytes whole or not at all, so requests of several threads never mix.
-            self._connection.send(request)
+            # The kernel takes so few bytes whole or not at all, so what several threads send never mixes.
+            send_short(self._connection, requests)
         except OSError as error:
             self._break(f"sending failed: {error}")
+        except BaseException:
+            # Others' requests may be among those that were not sent.
+            self._break("a signal interrupted the sending")
+            raise
+
+    def _take_unsent(self) -> bytes:
+        requests = b"".join(self._unsent)
+        self._unsent.clear()
+        return requests
 
     def _read(self) -> None:
         """Take what there is, as the one thread that reads."""
@@ -157,6 +193,8 @@ class JsonFaults:
                 if waiting is not None:
                     self._release(waiting, Resolution(waiting.address, PAGE_SIZE, _outcome_of(reply)))
         self._text = text[at:]
+        with self._lock:
+            self._call_first()
 
     def _leave_reading(self) -> None:
         """Have the youngest that waits read: it is likely to read for all others before its own answer comes."""
@@ -164,16 +202,46 @@ class JsonFaults:
             heir = next(reversed(self._waiting.values()), None)
             self._reader = heir
             if heir is not None:
-                heir.turn.release()
+                self._turns.append(heir)
+                self._call_first()
             elif self._ended:
                 os.close(self._nudge)
 
+    def _call_first(self) -> None:
+        """Wake the first whose turn it is, with the lock held, unless one that was called will do so."""
+        if self._turns and self._called is None:
+            self._called = self._turns.popleft()
+            self._called.turn.release()
+
+    def _call_next(self) -> None:
+        """Wake the next; the last one sends what all have asked for meanwhile."""
+        with self._lock:
+            self._called = None
+            self._call_first()
+            requests = b"" if self._called is not None else self._take_unsent()
+        self._send(requests)
+
+    def _give_up(self, token: int, mine: _Waiting) -> None:
+        """Take a thread out that waits no longer."""
+        with self._lock:
+            self._waiting.pop(token, None)
+            if mine in self._turns:
+                self._turns.remove(mine)
+            called = self._called is mine
+        if called:
+            self._call_next()
+        if self._reader is mine:
+            self._leave_reading()
+
     def _release(self, waiting: _Waiting, resolution: Resolution | None, *, nudge: bool = False) -> None:
-        """End a thread's waiting, with the lock held; with `nudge` where it may be the one that reads meanwhile."""
+        """End a thread's waiting, with the lock held; with `nudge` where it may be the one that reads meanwhile.
+
+        Whoever does so calls the first afterwards.
+        """
         waiting.resolution = resolution
         waiting.over = True
         if waiting is not self._reader:
-            waiting.turn.release()
+            self._turns.append(waiting)
         elif nudge:
             os.eventfd_write(self._nudge, 1)
 
@@ -190,6 +258,8 @@ class JsonFaults:
             for one in self._waiting.values():
                 self._release(one, None, nudge=True)
             self._waiting.clear()
+            self._unsent.clear()
+            self._call_first()
             if self._reader is None:
                 os.close(self._nudge)
         return True

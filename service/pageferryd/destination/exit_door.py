@@ -15,7 +15,7 @@ from pageferryd.core.layout import PAGE_SIZE
 from pageferryd.destination.door import DoorEvents, Settled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pageferryd.core.layout import Layout
 
@@ -68,29 +68,40 @@ class ExitDoor:
             raise FerryError(
                 Reason.INVALID_ARGUMENT, f"a fault of {pages} pages is too large: at most 512 are answered"
             )
+        waiting = _Waiting(set(range(first, first + pages)), answer)
+        self._take([waiting], range(first, first + pages))
+        return lambda: self._forget(waiting)
+
+    def faults(self, asked: Sequence[tuple[int, Callable[[Settled], None]]]) -> None:
+        """Take faults on single pages that came together, each with its `answer`; all or none. Raises as `fault`."""
+        self._take([_Waiting({page}, answer) for page, answer in asked], [page for page, _ in asked])
+
+    def _take(self, arrived: Sequence[_Waiting], pages: Sequence[int]) -> None:
         if self._deliver is None:
             raise FerryError(Reason.ILLEGAL_STATE, "faults are not served: the guest's memory is not on its way here")
-        if self._count >= MAX_WAITING:
-            raise FerryError(Reason.TOO_MANY_MIGRATIONS, f"{MAX_WAITING} faults wait already")
-        waiting = _Waiting(set(range(first, first + pages)), answer)
-        for page in waiting.pages:
-            self._waiting.setdefault(page, []).append(waiting)
-        self._count += 1
+        if self._count + len(arrived) > MAX_WAITING:
+            raise FerryError(Reason.TOO_MANY_MIGRATIONS, f"more than {MAX_WAITING} faults would wait at once")
+        for waiting in arrived:
+            for page in waiting.pages:
+                self._waiting.setdefault(page, []).append(waiting)
+        self._count += len(arrived)
         try:
-            self._deliver(DoorEvents((), range(first, first + pages), time.monotonic()))
+            self._deliver(DoorEvents((), pages, time.monotonic()))
         except BaseException as error:
             # Whoever asked is told now, and must not be answered again.
-            self._forget(waiting)
+            for waiting in arrived:
+                self._forget(waiting)
             if isinstance(error, (FerryError, OSError)):
                 self._failed(error)
             raise
-        return lambda: self._forget(waiting)
 
     def settled(self, first: int, pages: int, how: Settled) -> None:
         """Answer those that waited for pages of the run only."""
         if not self._waiting:
             return
-        if pages <= len(self._waiting):
+        if pages == 1:
+            touched = [first] if first in self._waiting else []
+        elif pages <= len(self._waiting):
             touched = [page for page in range(first, first + pages) if page in self._waiting]
         else:
             touched = [page for page in self._waiting if first <= page < first + pages]

@@ -23,6 +23,8 @@ from pageferryd.core.layout import PAGE_SIZE
 from pageferryd.destination.door import Settled
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pageferryd.core.layout import Layout
     from pageferryd.destination.exit_door import ExitDoor
 
@@ -91,6 +93,16 @@ class JsonFaults:
             self._give_up("vmm_fault_refused", detail=str(error))
 
     def _take_requests(self) -> None:
+        asked: list[tuple[int, Callable[[Settled], None]]] = []
+        try:
+            self._read_requests(asked)
+        finally:
+            # Before one that is refused, too.
+            if asked:
+                self._door.faults(asked)
+
+    def _read_requests(self, asked: list[tuple[int, Callable[[Settled], None]]]) -> None:
+        """Add what each whole request asks for, and how it is answered."""
         text, at = self._text, 0
         while at < len(text):
             if text[at].isspace():
@@ -106,10 +118,10 @@ class JsonFaults:
                 # The rest of it has yet to come.
                 break
             at = end
-            self._take(request)
+            asked.append(self._read(request))
         self._text = text[at:]
 
-    def _take(self, request: dict[str, Any]) -> None:
+    def _read(self, request: dict[str, Any]) -> tuple[int, Callable[[Settled], None]]:
         vcpu = _number(request, "vcpu", _MAX_U32)
         offset = _number(request, "offset", _MAX_U64)
         flags = _number(request, "flags", _MAX_U64)
@@ -121,7 +133,7 @@ class JsonFaults:
         if page >= self._layout.page_count:
             raise FerryError(Reason.PAGE_OUT_OF_RANGE, f"a fault at offset {offset:#x} is outside the guest's memory")
         reply = _REPLY % (vcpu, token, page * PAGE_SIZE, PAGE_SIZE, flags)
-        self._door.fault(page, 1, partial(self._answer, reply, poison))
+        return page, partial(self._answer, reply, poison)
 
     def _answer(self, reply: str, poison: bool, how: Settled) -> None:
         if self._loop is None or (how is Settled.POISONED and not poison):

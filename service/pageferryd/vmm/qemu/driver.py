@@ -18,7 +18,16 @@ from pageferryd.vmm.qemu.memory import layout_of, locations_of, paged, read_blob
 from pageferryd.vmm.qemu.monitor import Monitor
 from pageferryd.vmm.qemu.movable import busy, obstacles, unfillable
 from pageferryd.vmm.qemu.package import Package, pack, unpack
-from pageferryd.vmm.qemu.state import load_state, machine_of, save_state
+from pageferryd.vmm.qemu.state import (
+    LoadPlan,
+    SavePlan,
+    close_plan,
+    load_state,
+    machine_of,
+    ready_to_load,
+    ready_to_save,
+    save_state,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +60,8 @@ class QemuDriver:
         self._pid = 0
         self._found = FoundBlocks([], [])
         self._remote: int | None = None
+        self._save: SavePlan | None = None
+        self._load: LoadPlan | None = None
         self._closing: asyncio.Task[None] | None = None
 
     async def describe(self) -> Description:
@@ -82,6 +93,7 @@ class QemuDriver:
         if unfit:
             raise FerryError(Reason.VMM_MISMATCH, f"QEMU (process {self._pid}) cannot take a guest: {'; '.join(unfit)}")
         self._found = found
+        self._load = await ready_to_load(monitor)
         attached = await asyncio.to_thread(attach, self._pid, blocks)
         self._remote = attached.remote
         seat.take(GuardedMemory(attached.uffd, [block.host_address for block in blocks]))
@@ -90,13 +102,18 @@ class QemuDriver:
         """Stop the guest; once more does nothing."""
         monitor = await self._open()
         await self._require(monitor, Activity.RUNNING, Activity.PAUSED)
+        if self._save is None:
+            self._save = await ready_to_save(monitor)
         await monitor.execute("stop")
 
     async def save_state(self) -> Saved:
         """Save devices and firmware blobs; the guest's disks are free for the destination then."""
         monitor = await self._open()
         await self._require(monitor, Activity.PAUSED)
-        state, blobs = await asyncio.gather(save_state(monitor), asyncio.to_thread(read_blobs, self._pid, self._found))
+        plan = self._save = self._save or await ready_to_save(monitor)
+        state, blobs = await asyncio.gather(
+            save_state(monitor, plan), asyncio.to_thread(read_blobs, self._pid, self._found)
+        )
         return Saved(pack(Package(state, blobs)))
 
     async def private_pages(self) -> PrivatePages:
@@ -113,7 +130,7 @@ class QemuDriver:
         await self._require(monitor, Activity.INCOMING)
         package = unpack(state)
         await asyncio.to_thread(write_blobs, self._pid, self._found, package.blobs)
-        await load_state(monitor, package.state, _LOAD_SECONDS)
+        await load_state(monitor, package.state, self._load or await ready_to_load(monitor), _LOAD_SECONDS)
 
     async def resume(self) -> None:
         """Let the guest run; its disks are locked by this."""
@@ -121,6 +138,7 @@ class QemuDriver:
         await self._require(monitor, Activity.RUNNING, Activity.PAUSED)
         await monitor.execute("cont")
         await self._require(monitor, Activity.RUNNING)
+        await self._forget_save(monitor)
 
     async def detach_pager(self) -> None:
         """Close QEMU's own copy of the userfaultfd, which an earlier sidecar may have taken."""
@@ -174,8 +192,11 @@ class QemuDriver:
         self._idle = asyncio.get_running_loop().call_later(_IDLE_SECONDS, self._is_idle)
 
     def _is_idle(self) -> None:
-        monitor, self._monitor = self._monitor, None
-        if monitor is not None:
+        if self._save is not None:
+            # A guest that stands still, and may have to go on here.
+            self._stay()
+        elif self._monitor is not None:
+            monitor, self._monitor = self._monitor, None
             self._closing = asyncio.create_task(monitor.close())
 
     async def _let_go(self) -> None:
@@ -183,7 +204,13 @@ class QemuDriver:
             self._idle.cancel()
         monitor, self._monitor = self._monitor, None
         if monitor is not None:
+            await self._forget_save(monitor)
             await monitor.close()
+
+    async def _forget_save(self, monitor: Monitor) -> None:
+        plan, self._save = self._save, None
+        if plan is not None:
+            await close_plan(monitor, plan)
 
     async def _activity(self, monitor: Monitor) -> Activity:
         answer = await monitor.execute("query-status")

@@ -27,7 +27,8 @@ def pack(package: Package) -> bytes:
     """Return it as bytes."""
     parts = [_HEAD.pack(_MAGIC, len(package.blobs), len(package.state))]
     for name, content in package.blobs.items():
-        packed, encoded = zlib.compress(content, 1), name.encode()
+        # Mostly zeroes at the end, and the guest stands still meanwhile.
+        packed, encoded = zlib.compress(content.rstrip(b"\0"), 1), name.encode()
         parts += [_ENTRY.pack(len(encoded), len(content), len(packed)), encoded, packed]
     return b"".join([*parts, package.state])
 
@@ -58,7 +59,7 @@ def _take_blob(data: bytes, at: int, blobs: dict[str, bytes]) -> int:
         raise ValueError(f"the RAM block {name!r} is twice in it, or too large")
     inflater = zlib.decompressobj()
     content = inflater.decompress(data[at : at + packed], length + 1)
-    if len(content) != length:
+    if len(content) > length or not inflater.eof:
         raise ValueError(f"the RAM block {name!r} is not whole")
-    blobs[name] = content
+    blobs[name] = content.ljust(length, b"\0")
     return at + int(packed)

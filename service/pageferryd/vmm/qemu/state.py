@@ -14,7 +14,7 @@ import hashlib
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pageferry.errors import FerryError, Reason
 
@@ -45,30 +45,68 @@ async def machine_of(monitor: Monitor) -> str:
     return name
 
 
-async def save_state(monitor: Monitor) -> bytes:
-    """Return the device state of a stopped guest, as `load_state` takes it.
+class SavePlan(NamedTuple):
+    """What a QEMU was given and told before its guest stood still: a file in memory, and that file's number there."""
 
-    The guest's disks are let go, so that the destination can lock them; `cont` takes them back. FerryError: VMM_FAILED
-    where the guest runs, QEMU cannot save, or the state is above MAX_STATE_BYTES, and what the monitor raises.
-    """
+    machine: str
+    memory: int
+    fdset: int
+
+
+async def ready_to_save(monitor: Monitor) -> SavePlan:
+    """Do all of a save for which the guest need not stand; `close_plan` must follow. FerryError as in `save_state`."""
     if _SAVE not in await monitor.commands():
         raise FerryError(
             Reason.VMM_FAILED, f"QEMU at {monitor.path} does not know {_SAVE}; use one with all commands of migration"
         )
+    machine = await machine_of(monitor)
+    memory = os.memfd_create("pageferry-state", os.MFD_CLOEXEC)
+    try:
+        return SavePlan(machine, memory, await _give(monitor, memory))
+    except BaseException:
+        os.close(memory)
+        raise
+
+
+async def save_state(monitor: Monitor, plan: SavePlan) -> bytes:
+    """Return the device state of a stopped guest, as `load_state` takes it, through memory: no disk is written.
+
+    The guest's disks are let go, so that the destination can lock them; `cont` takes them back. FerryError: VMM_FAILED
+    where the guest runs, QEMU cannot save, or the state is above MAX_STATE_BYTES, and what the monitor raises.
+    """
     if _member(await monitor.execute("query-status"), "running") is not False:
         raise FerryError(Reason.VMM_FAILED, f"the guest of QEMU at {monitor.path} runs: stop it before it is saved")
-    machine = await machine_of(monitor)
-    return _complete(await _saved(monitor), machine)
+    # `live` makes QEMU let go of the disks of a guest that is stopped (bdrv_inactivate_all).
+    await monitor.execute(_SAVE, {"filename": f"/dev/fdset/{plan.fdset}", "live": True}, _SAVE_SECONDS)
+    size = os.fstat(plan.memory).st_size
+    if size > MAX_STATE_BYTES:
+        raise FerryError(
+            Reason.VMM_FAILED,
+            f"the device state of QEMU at {monitor.path} has {size >> 20} MiB; {MAX_STATE_BYTES >> 20} MiB at most "
+            "are moved",
+        )
+    saved = os.pread(plan.memory, size, 0)
+    # A stopped QEMU keeps its descriptor for a while yet (monitor_fdset_cleanup there), but nothing in it.
+    os.ftruncate(plan.memory, 0)
+    return _complete(saved, plan.machine)
 
 
-async def load_state(monitor: Monitor, state: bytes, seconds: float) -> None:
-    """Load a device state into a QEMU that was started with `-incoming defer`; the guest is paused afterwards.
+async def close_plan(monitor: Monitor, plan: SavePlan) -> None:
+    """Take back what QEMU was given, if it is still there."""
+    os.close(plan.memory)
+    with contextlib.suppress(FerryError):
+        await monitor.execute("remove-fd", {"fdset-id": plan.fdset})
 
-    The load reads guest RAM, so faults must be served meanwhile. Disks are not locked before `cont`. FerryError:
-    VMM_FAILED (the state is damaged, or of another machine, or QEMU does not take it), VMM_GONE (QEMU ended, as it does
-    before 9.1 when it does not take a state), and what the monitor raises.
-    """
-    _check(state, await machine_of(monitor))
+
+class LoadPlan(NamedTuple):
+    """What an incoming QEMU told before there was a state for it."""
+
+    machine: str
+    arguments: dict[str, object]
+
+
+async def ready_to_load(monitor: Monitor) -> LoadPlan:
+    """Do all of a load that needs no state, and so costs no downtime. FerryError as in `load_state`."""
     if _member(await monitor.execute("query-status"), "status") != "inmigrate":
         raise FerryError(
             Reason.VMM_FAILED, f"QEMU at {monitor.path} does not wait for a state: start it with -incoming defer"
@@ -81,6 +119,17 @@ async def load_state(monitor: Monitor, state: bytes, seconds: float) -> None:
     arguments: dict[str, object] = {"uri": f"fd:{_FD_NAME}"}
     if await _version(monitor) >= _RECEIVES_ERRORS:
         arguments["exit-on-error"] = False
+    return LoadPlan(await machine_of(monitor), arguments)
+
+
+async def load_state(monitor: Monitor, state: bytes, plan: LoadPlan, seconds: float) -> None:
+    """Load a device state into a QEMU that was started with `-incoming defer`; the guest is paused afterwards.
+
+    The load reads guest RAM, so faults must be served meanwhile. Disks are not locked before `cont`. FerryError:
+    VMM_FAILED (the state is damaged, or of another machine, or QEMU does not take it), VMM_GONE (QEMU ended, as it does
+    before 9.1 when it does not take a state), and what the monitor raises.
+    """
+    _check(state, plan.machine)
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
@@ -88,42 +137,23 @@ async def load_state(monitor: Monitor, state: bytes, seconds: float) -> None:
         ours.setblocking(False)
         writing = asyncio.create_task(_write(ours, state))
         try:
-            await _receive(monitor, arguments, seconds)
+            await _receive(monitor, plan.arguments, seconds)
         finally:
             writing.cancel()
             await asyncio.wait([writing])
 
 
-async def _saved(monitor: Monitor) -> bytes:
-    """Return what QEMU saves, through memory: no disk is written, and QEMU never waits for a reader."""
-    with contextlib.ExitStack() as undo:
-        memory = os.memfd_create("pageferry-state", os.MFD_CLOEXEC)
-        undo.callback(os.close, memory)
-        # QEMU takes a descriptor from a set only for the same access as it asks for: writing alone.
-        to_write = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
-        undo.callback(os.close, to_write)
+async def _give(monitor: Monitor, memory: int) -> int:
+    # QEMU takes a descriptor from a set only for the same access as it asks for: writing alone.
+    to_write = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
         given = await monitor.execute_with_fd(to_write, "add-fd")
-        number = given.get("fdset-id") if isinstance(given, dict) else None
-        if not isinstance(number, int):
-            raise FerryError(
-                Reason.VMM_FAILED, f"QEMU at {monitor.path} takes a file descriptor and does not say where"
-            )
-        try:
-            # `live` makes QEMU let go of the disks of a guest that is stopped (bdrv_inactivate_all).
-            await monitor.execute(_SAVE, {"filename": f"/dev/fdset/{number}", "live": True}, _SAVE_SECONDS)
-        finally:
-            await monitor.execute("remove-fd", {"fdset-id": number})
-        size = os.fstat(memory).st_size
-        if size > MAX_STATE_BYTES:
-            raise FerryError(
-                Reason.VMM_FAILED,
-                f"the device state of QEMU at {monitor.path} has {size >> 20} MiB; {MAX_STATE_BYTES >> 20} MiB at most "
-                "are moved",
-            )
-        saved = os.pread(memory, size, 0)
-        # A stopped QEMU keeps its descriptor for a while yet (monitor_fdset_cleanup there), but nothing in it.
-        os.ftruncate(memory, 0)
-        return saved
+    finally:
+        os.close(to_write)
+    number = given.get("fdset-id") if isinstance(given, dict) else None
+    if not isinstance(number, int):
+        raise FerryError(Reason.VMM_FAILED, f"QEMU at {monitor.path} takes a file descriptor and does not say where")
+    return number
 
 
 def _complete(saved: bytes, machine: str) -> bytes:
