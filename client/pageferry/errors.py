@@ -130,8 +130,16 @@ def to_status(error: FerryError) -> status_pb2.Status:
 def from_rpc(error: grpc.aio.AioRpcError, fallback: Reason) -> FerryError:
     """Return the FerryError that a call's error carries, or one with `fallback` where it carries none of ours."""
     status = rpc_status.from_call(error)  # type: ignore[arg-type]
-    for detail in status.details if status is not None else ():
+    if status is None:
+        status = status_pb2.Status()
+    status.message = error.details() or ""
+    return from_status(status, fallback, error.code().name)
+
+
+def from_status(status: status_pb2.Status, fallback: Reason, code: str = "no code") -> FerryError:
+    """Return the FerryError that a status carries, or one with `fallback` where it carries none of ours."""
+    for detail in status.details:
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.__members__:
-            return FerryError(Reason(info.reason), error.details() or info.reason)
-    return FerryError(fallback, f"{error.details() or 'no details'} ({error.code().name})")
+            return FerryError(Reason(info.reason), status.message or info.reason)
+    return FerryError(fallback, f"{status.message or 'no details'} ({code})")

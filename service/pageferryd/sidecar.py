@@ -21,7 +21,9 @@ from pageferryd.control.book import MigrationBook
 from pageferryd.control.drain import Drain
 from pageferryd.control.incoming_service import IncomingServicer
 from pageferryd.control.journal import Journal
+from pageferryd.control.lane_server import LaneServer
 from pageferryd.control.migration_service import MigrationServicer
+from pageferryd.control.outgoing import PageAddresses
 from pageferryd.control.recovery import recover
 from pageferryd.control.registry import GuestRegistry
 from pageferryd.control.surroundings import Surroundings
@@ -56,18 +58,22 @@ class Sidecar:
         journal = Journal(settings.runtime_dir / "journal")
         self._around = Surroundings(settings, settings.tls_files(), self._guests, journal)
         self._grpc = GrpcServer(settings)
+        self._lanes = LaneServer(settings, self._pages)
         self._http = HttpServer(make_registry(self._book), self._unready)
         self._bound: list[str] = []
         self._add_services()
 
     def _add_services(self) -> None:
         server, around = self._grpc.server, self._around
-        migrations = MigrationServicer(self._book, around, self._pages, self._page_address, self._drain)
+        migrations = MigrationServicer(self._book, around, self._pages, self._page_addresses, self._drain)
         migration_pb2_grpc.add_MigrationServiceServicer_to_server(migrations, server)
         incoming_pb2_grpc.add_IncomingServiceServicer_to_server(
             IncomingServicer(self._book, around, self._drain, self._starter), server
         )
         self._pages.add_to(server)
+
+    def _page_addresses(self) -> PageAddresses:
+        return PageAddresses(self._page_address(), self._lanes.address)
 
     def _page_address(self) -> str:
         return self._settings.page_address(self._bound)
@@ -92,8 +98,10 @@ class Sidecar:
     async def _serve(self) -> str:
         self._bound = await self._grpc.start()
         try:
+            await self._lanes.start(self._page_address(), self._settings.page_bound(self._bound))
             return await self._http.start(self._settings.http)
         except BaseException:
+            await self._lanes.stop()
             await self._grpc.stop(0)
             raise
 
@@ -120,6 +128,7 @@ class Sidecar:
         await self._starter.close()
         await self._guests.close()
         self._around.journal.close()
+        await self._lanes.stop()
         await self._http.stop()
         # With a live stream stop() would wait all of a longer grace.
         await self._grpc.stop(_LAST_CALLS_SECONDS)

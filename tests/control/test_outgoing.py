@@ -14,7 +14,7 @@ from pageferry.errors import FerryError, Reason
 from pageferry.v1 import incoming_pb2_grpc, migration_pb2
 from pageferryd.config import Limits, Settings
 from pageferryd.control.journal import Journal
-from pageferryd.control.outgoing import Outgoing
+from pageferryd.control.outgoing import Outgoing, PageAddresses
 from pageferryd.control.record import MigrationRecord
 from pageferryd.control.registry import GuestRegistry
 from pageferryd.control.surroundings import Surroundings
@@ -57,7 +57,7 @@ class Departure:
             guest,
             Surroundings(self.settings, None, self.guests, Journal(self.settings.runtime_dir / "journal")),
             self.pages,
-            self.address,
+            PageAddresses(self.address),
         )
         return self.outgoing
 

@@ -30,8 +30,9 @@ from pageferryd.core.layout import PAGE_SIZE, Layout
 from pageferryd.core.pacing import PacingOptions
 from pageferryd.core.pager import PagerOptions
 from pageferryd.destination.fault_service import TOKEN_KEY
-from pageferryd.destination.grpc_lanes import GrpcLaneOpener, Source
+from pageferryd.destination.grpc_lanes import GrpcLaneOpener
 from pageferryd.destination.handed_over import Handoff
+from pageferryd.destination.page_calls import Source
 from pageferryd.destination.session import Session, SessionOptions
 from pageferryd.linux.vmm_directory import VmmDirectory
 from pageferryd.server import GrpcServer

@@ -14,7 +14,7 @@ from pageferry.errors import FerryError, Reason
 from pageferry.v1 import fault_pb2 as pb
 from pageferry.v1 import vmm_pb2
 from pageferryd.core.layout import PAGE_SIZE
-from pageferryd.destination import grpc_lanes, imports
+from pageferryd.destination import imports, page_calls
 
 Cross = Callable[..., Awaitable[Crossing]]
 OPAQUE = range(20, 100)
@@ -442,7 +442,7 @@ async def test_an_export_that_cannot_be_pauses_the_migration_until_it_is_right(
 async def test_a_source_vmm_that_hangs_is_given_up_and_asked_again(
     cross: Cross, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpc_lanes, "_EXPORT_SECONDS", 0.3)
+    monkeypatch.setattr(page_calls, "_EXPORT_SECONDS", 0.3)
     one = await cross()
     one.exporting.gate = Closed()
     one.session.start_push()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -26,10 +27,11 @@ Cross = Callable[..., Awaitable[Crossing]]
 async def vmm(short_path: Path) -> AsyncIterator[Callable[..., Awaitable[CloudHypervisor]]]:
     """Start VMMs that end with the test."""
     made: list[CloudHypervisor] = []
+    numbers = itertools.count()
 
     async def start(*options: str) -> CloudHypervisor:
-        made.append(await CloudHypervisor.start(short_path / f"ch{len(made)}.sock", *options))
-        return made[-1]
+        made.append(started := await CloudHypervisor.start(short_path / f"ch{next(numbers)}.sock", *options))
+        return started
 
     yield start
     for one in made:
@@ -163,8 +165,8 @@ async def test_a_destination_that_does_not_take_the_guest_leaves_it_at_its_sourc
     crossing = await cross("--memory", "4", waiting_options=("--behave", behave))
     await crossing.guest.runs_on()
     await crossing.start()
-    failed = await crossing.fails(*reasons, Reason.NEVER_RAN)
-    assert failed.error.message
+    # Where the pager gave it up, the call that the source waits for may only say that it was.
+    await crossing.fails(*reasons, Reason.VMM_FAILED)
     await crossing.guest.is_intact()
     # It cannot be used again, and is not left over.
     assert crossing.waiting is not None
@@ -192,12 +194,10 @@ async def test_a_source_that_does_it_wrongly_keeps_its_guest(cross: Cross, behav
 
 async def test_unshared_memory_is_refused_before_the_guest_stops(cross: Cross) -> None:
     crossing = await cross("--memory", "4", "--unshared")
-    with pytest.raises(FerryError) as refused:
-        await crossing.start()
-        failed = await crossing.becomes(crossing.at_source, FAILED)
-        raise FerryError(Reason(failed.error.reason), failed.error.message)
-    assert refused.value.reason is Reason.GUEST_NOT_MOVABLE
-    assert "shared=on" in refused.value.message
+    await crossing.start()
+    failed = await crossing.becomes(crossing.at_source, FAILED)
+    assert failed.error.reason == Reason.GUEST_NOT_MOVABLE
+    assert "shared=on" in failed.error.message
     await crossing.guest.runs_on()
 
 

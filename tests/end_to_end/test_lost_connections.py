@@ -29,7 +29,8 @@ async def proxy() -> AsyncIterator[TcpProxy]:
 async def behind(stage: Stage, proxy: TcpProxy, *options: str, memory: str = "16M", **limits: Any) -> Crossing:
     """A guest whose destination reaches its pages through the proxy only."""
     source, destination = await asyncio.gather(
-        stage.sidecar("source", advertise=proxy.address), stage.sidecar("destination", limits=limits)
+        stage.sidecar("source", advertise=proxy.address, lane_sockets=False),
+        stage.sidecar("destination", limits=limits),
     )
     proxy.target = source.address
     return await stage.crossing(source, destination, *options, memory=memory)

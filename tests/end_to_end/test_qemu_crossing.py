@@ -53,7 +53,7 @@ async def test_it_crosses_back_and_then_ten_times_more(hosts: QemuHosts, alpha: 
 
 async def test_a_lost_connection_costs_the_guest_nothing_but_time(hosts: QemuHosts, stage: Stage) -> None:
     async with TcpProxy() as proxy:
-        source = await stage.sidecar("source", advertise=proxy.address)
+        source = await stage.sidecar("source", advertise=proxy.address, lane_sockets=False)
         destination = await stage.sidecar("destination")
         proxy.target = source.address
         proxy.cut_after = 8 << 20

@@ -60,9 +60,36 @@ def test_only_what_lies_in_the_spans_is_touched(child: Collapsible) -> None:
     assert big_bytes(child.pid, [child.span]) == 2 * HUGE
 
 
-def test_many_pieces_go_in_bounded_calls(child: Collapsible, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "_PIECES_A_CALL", 2)
+def test_the_process_runs_between_two_pieces(child: Collapsible, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    advise = subject._advise
+
+    def advised(pidfd: int, piece: int) -> int:
+        done.append("piece")
+        return advise(pidfd, piece)
+
+    monkeypatch.setattr(subject, "_advise", advised)
+    monkeypatch.setattr(subject.time, "sleep", lambda _seconds: done.append("pause"))
     assert collapse(child.pid, [child.span]) == whole_pieces(child.span)
+    pieces = whole_pieces(child.span) // HUGE
+    assert done == ["piece", *["pause", "piece"] * (pieces - 1)]
+
+
+def test_pauses_are_bounded(child: Collapsible, monkeypatch: pytest.MonkeyPatch) -> None:
+    paused: list[float] = []
+    monkeypatch.setattr(subject, "_LONGEST_PAUSE", 1e-9)
+    monkeypatch.setattr(subject.time, "sleep", paused.append)
+    collapse(child.pid, [child.span])
+    assert set(paused) == {1e-9}
+
+
+def test_a_kernel_that_touches_no_page_ahead_collapses_all_the_same(
+    child: Collapsible, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_advice = 1 << 20
+    monkeypatch.setattr(subject, "_MADV_POPULATE_WRITE", no_advice)
+    assert collapse(child.pid, [child.span]) == whole_pieces(child.span)
+    assert child.is_intact()
 
 
 def test_a_span_that_cannot_be_does_not_keep_the_next_one_from_it(child: Collapsible) -> None:
@@ -78,15 +105,16 @@ def test_pieces_in_use_are_skipped_and_too_many_of_them_end_it(
 ) -> None:
     asked: list[int] = []
 
-    def busy(_pidfd: int, pieces: list[int]) -> tuple[int, int]:
-        asked.append(len(pieces))
-        return 0, errno.EAGAIN
+    def busy(_pidfd: int, piece: int) -> int:
+        asked.append(piece)
+        return errno.EAGAIN
 
     monkeypatch.setattr(subject, "_advise", busy)
     monkeypatch.setattr(subject, "_MAX_SKIPPED", 3)
     with capture_logs() as logged:
         assert collapse(child.pid, [child.span]) == 0
     assert len(asked) == 3 * 3
+    assert len(set(asked)) == 3
     assert len(logged) == 1
 
 
@@ -94,8 +122,8 @@ def test_pieces_that_were_in_use_are_tried_again(child: Collapsible, monkeypatch
     advise = subject._advise
     refusals = [errno.EAGAIN, errno.EBUSY, errno.EAGAIN]
 
-    def busy_at_first(pidfd: int, pieces: list[int]) -> tuple[int, int]:
-        return (0, refusals.pop()) if refusals else advise(pidfd, pieces)
+    def busy_at_first(pidfd: int, piece: int) -> int:
+        return refusals.pop() if refusals else advise(pidfd, piece)
 
     monkeypatch.setattr(subject, "_advise", busy_at_first)
     assert collapse(child.pid, [child.span]) == whole_pieces(child.span)

@@ -359,8 +359,28 @@ def test_a_thread_that_cannot_be_stopped_is_let_go(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ptrace, "_STOP_SECONDS", 0.05)
     with Child("stuck") as child:
         child.await_call(MADVISE)
-        with pytest.raises(FerryError, match="did not stop") as refused:
+        with pytest.raises(FerryError, match=r"did not stop .* signals do not interrupt \(state D") as refused:
             traced(child.pid, getpid)
         assert refused.value.reason is Reason.VMM_FAILED
         until(lambda: child.status("TracerPid") == "0")
         assert child.ask("go on") == "0"
+
+
+def test_a_stop_that_somebody_else_in_this_program_waits_for_is_said_to_be_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ptrace, "_STOP_SECONDS", 0.05)
+    with Child("read") as child:
+        child.await_call(READ)
+        # Stands for whoever was quicker.
+        monkeypatch.setattr(ptrace, "_waitid", waited_for_elsewhere)
+        with pytest.raises(FerryError, match=r"has stopped, which something else .* \(state t") as refused:
+            traced(child.pid, getpid)
+        assert refused.value.reason is Reason.VMM_FAILED
+        monkeypatch.undo()
+        until(lambda: child.status("TracerPid") == "0")
+        assert child.ask("hello") == "6 0"
+
+
+def waited_for_elsewhere(_kind: int, _pid: int, _info: object, _options: int) -> int:
+    return 0

@@ -20,8 +20,9 @@ from pageferryd.config import Settings, Tls
 from pageferryd.core.layout import Layout, Region
 from pageferryd.core.requests import MAX_CREDIT, MAX_FETCH_PAGES, MAX_PUSH_RUNS
 from pageferryd.server import GrpcServer
+from pageferryd.source.answers import PUSH_MESSAGE_BYTES
 from pageferryd.source.memory import SourceMemory
-from pageferryd.source.page_service import PUSH_MESSAGE_BYTES, PageService
+from pageferryd.source.page_service import PageService
 from pageferryd.source.served import Access, Served
 
 pytestmark = pytest.mark.root

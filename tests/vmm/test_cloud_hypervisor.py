@@ -1,4 +1,4 @@
-"""The Cloud Hypervisor driver, with a stand-in that keeps to its protocol, and with ones that do not."""
+"""The Cloud Hypervisor driver, with a stand-in that keeps to its protocol."""
 
 from __future__ import annotations
 
@@ -8,160 +8,38 @@ import os
 import socket
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from cloud_hypervisor_house import DEADLINE, MIB, SMALL, Host, descriptors, refused, take
 
-from cloud_hypervisor_child import CloudHypervisor
 from pageferry.errors import FerryError, Reason
 from pageferryd.core.layout import PAGE_SIZE, Layout, Region
-from pageferryd.destination.door import DoorEvents, Settled
-from pageferryd.destination.given_files import GivenMemory
-from pageferryd.linux.vmm_directory import VmmDirectory
-from pageferryd.vmm import http_api
 from pageferryd.vmm.cloud_hypervisor import driver as driver_module
-from pageferryd.vmm.cloud_hypervisor import protocol
+from pageferryd.vmm.cloud_hypervisor import guard, protocol
 from pageferryd.vmm.cloud_hypervisor.driver import CloudHypervisorDriver
 from pageferryd.vmm.cloud_hypervisor.saved_guest import SavedGuest, for_receiver
-from pageferryd.vmm.driver import Activity, FaultEndpoint, GivenFiles, GuardedMemory, Memory, Saved
+from pageferryd.vmm.driver import Activity, Memory
 
-DEADLINE = 10.0
-MIB = 1 << 20
-SMALL = ("--memory", "4")
+NOBODY = 65534
 
 pytestmark = [pytest.mark.root, pytest.mark.userfaultfd]
 
 
-class Host:
-    """Makes VMMs and their drivers, and takes them down."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.runtime_dir = directory / "run"
-        self._made: list[tuple[CloudHypervisor, CloudHypervisorDriver]] = []
-
-    async def vmm(self, *options: str) -> tuple[CloudHypervisor, CloudHypervisorDriver]:
-        path = self.directory / f"{len(self._made)}.sock"
-        vmm = await CloudHypervisor.start(path, *options)
-        made = vmm, CloudHypervisorDriver(str(path), self.runtime_dir)
-        self._made.append(made)
-        return made
-
-    async def running(self, *options: str) -> tuple[CloudHypervisor, CloudHypervisorDriver]:
-        """A guest that runs, and whose driver knows its process."""
-        vmm, driver = await self.vmm(*SMALL, *options)
-        await driver.describe()
-        return vmm, driver
-
-    async def incoming(self, *options: str) -> tuple[CloudHypervisor, CloudHypervisorDriver]:
-        vmm, driver = await self.vmm("--incoming", *options)
-        await driver.describe()
-        return vmm, driver
-
-    async def close(self) -> None:
-        for vmm, driver in self._made:
-            await driver.close()
-            await vmm.close()
-        # A refused call is kept by its error, with the connection of its frames.
-        gc.collect()
-
-
 @pytest.fixture
-def short_dir() -> Iterator[Path]:
+async def host() -> AsyncIterator[Host]:
     with tempfile.TemporaryDirectory(prefix="ch-") as directory:
-        yield Path(directory)
-
-
-@pytest.fixture
-async def host(short_dir: Path) -> AsyncIterator[Host]:
-    made = Host(short_dir)
-    yield made
-    await made.close()
+        made = Host(Path(directory))
+        yield made
+        await made.close()
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "STEP_SECONDS", 0.3)
     monkeypatch.setattr(driver_module, "_EXIT_SECONDS", 1.0)
-
-
-class Seat:
-    """A pager's seat whose pager copies pages from the source's memory files at once."""
-
-    faults = FaultEndpoint("/nowhere", b"f" * 32)
-    socket_path = "/nowhere"
-
-    def __init__(self, source: Memory, directory: VmmDirectory) -> None:
-        self.layout: Layout = source.layout
-        self.directory = directory
-        self.failures: list[Exception] = []
-        self.faulted: list[int] = []
-        self._source = source
-        self.given: GivenMemory | None = None
-
-    def take(self, memory: GuardedMemory | GivenFiles) -> None:
-        assert isinstance(memory, GivenFiles)
-        self.given = GivenMemory(self.layout, memory.files, memory.connection)
-        self.given.doors()[1][0].open(self._fill, self.failures.append)
-
-    def _fill(self, events: DoorEvents) -> None:
-        assert self.given is not None
-        door = self.given.doors()[1][0]
-        for page in events.faults:
-            self.faulted.append(page)
-            piece = next(self.layout.pieces(page, 1))
-            memfd = self._source.locations[piece.region].memfd
-            data = os.pread(memfd.fd, PAGE_SIZE, memfd.offset + piece.first * PAGE_SIZE)
-            if any(data):
-                self.given.installer().raw(page, 1, data, 0)
-            door.settled(page, 1, Settled.INSTALLED)
-
-    def close(self) -> None:
-        if self.given is not None:
-            self.given.close()
-        self.directory.remove()
-
-
-SeatFor = Callable[[Memory, CloudHypervisor], Seat]
-
-
-@pytest.fixture
-async def seat_for(host: Host) -> AsyncIterator[SeatFor]:
-    made: list[Seat] = []
-
-    def make(source: Memory, vmm: CloudHypervisor) -> Seat:
-        made.append(Seat(source, VmmDirectory.make(host.runtime_dir, f"m{len(made)}", vmm.pid)))
-        return made[-1]
-
-    yield make
-    for seat in made:
-        seat.close()
-
-
-async def refused(call: Awaitable[object], *reasons: Reason) -> FerryError:
-    with pytest.raises(FerryError) as error:
-        await asyncio.wait_for(call, DEADLINE)
-    assert error.value.reason in reasons, error.value
-    return error.value
-
-
-async def take(driver: CloudHypervisorDriver) -> tuple[Saved, Memory]:
-    await driver.pause()
-    saved = await driver.save_state()
-    assert saved.memory is not None
-    return saved, saved.memory
-
-
-def descriptors() -> Counter[str]:
-    """What this process has open, but for the pipes to VMMs, which may end."""
-    found: Counter[str] = Counter()
-    for link in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):
-            found[str(link.readlink()).partition(":[")[0]] += 1
-    del found["pipe"]
-    return found
 
 
 # What it is
@@ -208,7 +86,7 @@ async def test_pausing_twice_and_resuming_twice_is_harmless(host: Host) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--answers-late",), ("--behave", "says-memfds")], ids=["", "late", "newer"])
-async def test_a_guest_crosses_and_is_whole(host: Host, seat_for: SeatFor, options: tuple[str, ...]) -> None:
+async def test_a_guest_crosses_and_is_whole(host: Host, options: tuple[str, ...]) -> None:
     source, leaving = await host.running(*options)
     destination, coming = await host.incoming()
     await source.runs_on()
@@ -222,7 +100,7 @@ async def test_a_guest_crosses_and_is_whole(host: Host, seat_for: SeatFor, optio
     assert not (await leaving.private_pages()).ranges
     steps = (await source.status())["steps"]
 
-    seat = seat_for(memory, destination)
+    seat = host.seat_for(memory, destination)
     await coming.attach_pager(seat)
     await coming.load_state(saved.state)
     assert (await destination.status())["state"] == "paused"
@@ -245,21 +123,80 @@ async def test_a_guest_crosses_and_is_whole(host: Host, seat_for: SeatFor, optio
     assert list(host.runtime_dir.iterdir()) == []
 
 
-async def test_restoring_the_devices_may_touch_memory_before_the_guest_runs(host: Host, seat_for: SeatFor) -> None:
+def shared_memory(directory: Path, general: str, **sizes: str) -> Path:
+    """Write how shared memory gets huge pages, as the kernel shows it."""
+    (directory / "shmem_enabled").write_text(f"always within_size advise [{general}] deny\n")
+    for size, chosen in sizes.items():
+        (directory / f"hugepages-{size}").mkdir()
+        (directory / f"hugepages-{size}" / "shmem_enabled").write_text(f"always inherit [{chosen}] never\n")
+    return directory
+
+
+@pytest.mark.parametrize("general", ["never", "advise"])
+async def test_a_release_that_only_wakes_crosses_where_memory_has_small_pages(
+    host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, general: str
+) -> None:
+    monkeypatch.setattr(guard, "_HUGE", shared_memory(tmp_path, general, s2048kB="inherit", s64kB="never"))
+    _, leaving = await host.running()
+    destination, coming = await host.incoming("--behave", "wakes")
+    saved, memory = await take(leaving)
+    await coming.attach_pager(host.seat_for(memory, destination))
+    await coming.load_state(saved.state)
+    await coming.resume()
+    await destination.runs_on()
+    await destination.is_intact()
+
+
+HUGE = [("always", {}), ("force", {}), ("within_size", {"s2048kB": "inherit"}), ("never", {"s64kB": "always"})]
+
+
+@pytest.mark.parametrize(("general", "sizes"), HUGE)
+async def test_a_release_that_only_wakes_is_refused_where_memory_may_have_huge_pages(
+    host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, general: str, sizes: dict[str, str]
+) -> None:
+    monkeypatch.setattr(guard, "_HUGE", shared_memory(tmp_path, general, **sizes))
+    source, leaving = await host.running()
+    destination, coming = await host.incoming("--behave", "wakes")
+    saved, memory = await take(leaving)
+    await coming.attach_pager(host.seat_for(memory, destination))
+    error = await refused(coming.load_state(saved.state), Reason.VMM_FAILED)
+    assert "minor faults" in error.message
+    await coming.kill()
+    await leaving.resume()
+    await source.runs_on()
+
+
+async def test_vmms_of_another_user_reach_the_sidecars_sockets(host: Host) -> None:
+    host.directory.chmod(0o711)
+    os.chown(host.directory, NOBODY, NOBODY)
+    source, leaving = await host.running("--uid", str(NOBODY))
+    destination, coming = await host.incoming("--uid", str(NOBODY))
+    saved, memory = await take(leaving)
+    seat = host.seat_for(memory, destination)
+    await coming.attach_pager(seat)
+    await coming.load_state(saved.state)
+    await coming.resume()
+    await destination.is_intact()
+    assert seat.failures == []
+    await leaving.kill()
+    assert await source.exit_code() == 0
+
+
+async def test_restoring_the_devices_may_touch_memory_before_the_guest_runs(host: Host) -> None:
     _, leaving = await host.running()
     destination, coming = await host.incoming()
     saved, memory = await take(leaving)
-    seat = seat_for(memory, destination)
+    seat = host.seat_for(memory, destination)
     await coming.attach_pager(seat)
     await coming.load_state(saved.state)
     assert {0, 3 * MIB // PAGE_SIZE} <= set(seat.faulted)
 
 
-async def test_whoever_resumes_again_is_told_that_the_guest_runs(host: Host, seat_for: SeatFor) -> None:
+async def test_whoever_resumes_again_is_told_that_the_guest_runs(host: Host) -> None:
     _, leaving = await host.running()
     destination, coming = await host.incoming()
     saved, memory = await take(leaving)
-    await coming.attach_pager(seat_for(memory, destination))
+    await coming.attach_pager(host.seat_for(memory, destination))
     await coming.load_state(saved.state)
     first = asyncio.create_task(coming.resume())
     await asyncio.sleep(0)
@@ -303,13 +240,13 @@ async def test_a_guest_stays_paused_when_its_sidecar_goes_away(host: Host) -> No
     await other.close()
 
 
-async def test_the_memory_stays_readable_when_the_vmm_is_gone(host: Host, seat_for: SeatFor) -> None:
+async def test_the_memory_stays_readable_when_the_vmm_is_gone(host: Host) -> None:
     source, leaving = await host.running()
     destination, coming = await host.incoming()
     await source.runs_on()
     saved, memory = await take(leaving)
     await source.kill()
-    await coming.attach_pager(seat_for(memory, destination))
+    await coming.attach_pager(host.seat_for(memory, destination))
     await coming.load_state(saved.state)
     await coming.resume()
     await destination.runs_on()
@@ -338,189 +275,6 @@ async def test_another_process_that_connects_is_not_taken_for_the_vmm(host: Host
         await refused(saving, Reason.HANDOFF_WRONG_PEER)
     await driver.resume()
     await vmm.runs_on()
-
-
-# Bad sources
-
-BAD_SOURCES = {
-    "wrong-version": (Reason.PROTOCOL_MISMATCH, "version 7"),
-    "wrong-order": (Reason.VMM_FAILED, "START was due"),
-    "unknown-command": (Reason.VMM_FAILED, "77"),
-    "abandon": (Reason.VMM_FAILED, "gave the migration up"),
-    "slot-length": (Reason.VMM_FAILED, "12 bytes"),
-    "no-fd": (Reason.VMM_FAILED, "one descriptor"),
-    "two-fds": (Reason.VMM_FAILED, "one descriptor"),
-    "not-a-memfd": (Reason.VMM_FAILED, "no memfd"),
-    "small-memfd": (Reason.VMM_FAILED, "has 0 bytes"),
-    "slot-missing": (Reason.VMM_FAILED, r"slots \[3\]"),
-    "slot-twice": (Reason.VMM_FAILED, "twice"),
-    "no-regions": (Reason.LAYOUT_INVALID, "memory slots"),
-    "no-memory-manager": (Reason.VMM_FAILED, "no guest memory"),
-    "overlapping-regions": (Reason.LAYOUT_INVALID, "overlap"),
-    "odd-region": (Reason.LAYOUT_INVALID, "not whole pages"),
-    "endless-region": (Reason.LAYOUT_INVALID, "pages are more"),
-    "words-for-numbers": (Reason.LAYOUT_INVALID, "gpa"),
-    "virtio-mem": (Reason.GUEST_NOT_MOVABLE, "virtio-mem"),
-    "huge-config": (Reason.VMM_FAILED, "1073741824 bytes"),
-    "not-json": (Reason.VMM_FAILED, "no guest memory"),
-    "nested-json": (Reason.VMM_FAILED, "no guest memory"),
-    "huge-state": (Reason.VMM_FAILED, "1073741824 bytes"),
-    "empty-state": (Reason.VMM_FAILED, "empty state"),
-    "send-500": (Reason.VMM_FAILED, "requires shared memory"),
-}
-
-
-@pytest.mark.parametrize("behave", BAD_SOURCES)
-async def test_a_vmm_that_sends_its_guest_wrongly_keeps_it(host: Host, behave: str) -> None:
-    vmm, driver = await host.running("--behave", behave)
-    before = descriptors()
-    reason, words = BAD_SOURCES[behave]
-    await driver.pause()
-    error = await refused(driver.save_state(), reason)
-    with pytest.raises(FerryError, match=words):
-        raise error
-    await driver.resume()
-    await vmm.runs_on()
-    await vmm.is_intact()
-    assert descriptors() == before
-    assert list(host.runtime_dir.iterdir()) == []
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize(
-    "behave",
-    [*(f"silent-{step}" for step in ("connect", "start", "slot", "config", "state", "complete")), "half-state"],
-)
-async def test_a_vmm_that_falls_silent_keeps_its_guest(host: Host, behave: str) -> None:
-    vmm, driver = await host.running("--behave", behave)
-    await driver.pause()
-    error = await refused(driver.save_state(), Reason.VMM_FAILED)
-    assert "within 0.3 s" in error.message
-    await driver.resume()
-    await vmm.runs_on()
-
-
-@pytest.mark.parametrize("step", ["connect", "start", "slot", "config", "state", "complete"])
-@pytest.mark.usefixtures("impatient")
-async def test_a_vmm_that_dies_is_reported(host: Host, step: str) -> None:
-    vmm, driver = await host.running("--behave", f"dies-{step}")
-    before = descriptors()
-    await driver.pause()
-    await refused(driver.save_state(), Reason.VMM_FAILED, Reason.VMM_UNREACHABLE)
-    await refused(driver.resume(), Reason.VMM_UNREACHABLE)
-    assert await vmm.exit_code() == 1
-    await driver.kill()
-    assert descriptors() == before
-    assert list(host.runtime_dir.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("behave", "reason"),
-    [
-        ("info-500", Reason.VMM_FAILED),
-        ("info-nonsense", Reason.VMM_FAILED),
-        ("info-list", Reason.VMM_FAILED),
-        ("info-empty", Reason.VMM_FAILED),
-        ("info-endless", Reason.VMM_FAILED),
-        ("info-hangs", Reason.VMM_UNREACHABLE),
-        ("info-dies", Reason.VMM_UNREACHABLE),
-    ],
-)
-async def test_an_api_that_tells_nonsense_is_an_error(
-    host: Host, monkeypatch: pytest.MonkeyPatch, behave: str, reason: Reason
-) -> None:
-    monkeypatch.setattr(http_api.UnixHttp.call, "__defaults__", (None, 0.3))
-    _, driver = await host.vmm(*SMALL, "--behave", behave)
-    error = await refused(driver.describe(), reason)
-    assert len(error.message) < 1000
-
-
-async def test_a_guest_that_cannot_be_paused_runs_on(host: Host) -> None:
-    vmm, driver = await host.running("--behave", "pause-500")
-    error = await refused(driver.pause(), Reason.VMM_FAILED)
-    assert "a vCPU does not stop" in error.message
-    await driver.resume()
-    await vmm.runs_on()
-
-
-# Bad destinations
-
-
-@pytest.mark.parametrize(
-    ("behave", "words"),
-    [
-        ("receive-500", "Error binding"),
-        ("refuses-start", "start is not wanted|refused START"),
-        ("refuses-slot", "slot is not wanted|refused MEMORY_FD"),
-        ("refuses-config", "config is not wanted|refused CONFIG"),
-        ("refuses-state", "state is not wanted|refused STATE"),
-        ("dies-at-start", "hung up"),
-        ("dies-at-slot", "hung up"),
-        ("dies-at-config", "hung up"),
-        ("dies-at-state", "hung up"),
-        ("ignores-postcopy", "without a userfaultfd"),
-        ("never-listens", "within 0.3 s"),
-        ("silent-at-start", "within 0.3 s"),
-        ("silent-at-slot", "within 0.3 s"),
-        ("silent-at-config", "within 0.3 s"),
-        ("silent-at-state", "within 0.3 s"),
-    ],
-)
-@pytest.mark.usefixtures("impatient")
-async def test_a_vmm_that_does_not_take_a_guest_is_reported_and_ended(
-    host: Host, seat_for: SeatFor, behave: str, words: str
-) -> None:
-    source, leaving = await host.running()
-    destination, coming = await host.incoming("--behave", behave)
-    saved, memory = await take(leaving)
-    seat = seat_for(memory, destination)
-    await coming.attach_pager(seat)
-    error = await refused(coming.load_state(saved.state), Reason.VMM_FAILED, Reason.VMM_UNREACHABLE)
-    if "dies" not in behave:
-        with pytest.raises(FerryError, match=words):
-            raise error
-    await asyncio.wait_for(coming.kill(), DEADLINE)
-    await destination.exit_code()
-    await leaving.resume()
-    await source.runs_on()
-    await source.is_intact()
-
-
-@pytest.mark.parametrize("behave", ["refuses-complete", "dies-at-complete", "silent-at-complete"])
-@pytest.mark.usefixtures("impatient")
-async def test_a_vmm_that_does_not_let_its_guest_run_is_reported_each_time(
-    host: Host, seat_for: SeatFor, behave: str
-) -> None:
-    _, leaving = await host.running()
-    destination, coming = await host.incoming("--behave", behave)
-    saved, memory = await take(leaving)
-    await coming.attach_pager(seat_for(memory, destination))
-    await coming.load_state(saved.state)
-    for _ in range(2):
-        await refused(coming.resume(), Reason.VMM_FAILED)
-    await asyncio.wait_for(coming.kill(), DEADLINE)
-    await destination.exit_code()
-
-
-async def test_a_state_of_another_guest_or_none_is_refused(host: Host, seat_for: SeatFor) -> None:
-    _, leaving = await host.running()
-    destination, coming = await host.incoming()
-    saved, memory = await take(leaving)
-    await refused(coming.load_state(saved.state), Reason.ILLEGAL_STATE)
-
-    other = Memory(Layout([Region(0, MIB)]), memory.locations[:1], memory.holder)
-    seat = seat_for(other, destination)
-    await coming.attach_pager(seat)
-    await refused(coming.load_state(saved.state), Reason.LAYOUT_MISMATCH)
-    for state, reason in (
-        (b"", Reason.INVALID_ARGUMENT),
-        (b"something else entirely", Reason.INVALID_ARGUMENT),
-        (saved.state[:100], Reason.INVALID_ARGUMENT),
-        (saved.state[:8] + b"\7" + saved.state[9:], Reason.PROTOCOL_MISMATCH),
-    ):
-        await coming.attach_pager(seat)
-        await refused(coming.load_state(state), reason)
-    assert (await coming.describe()).activity is Activity.INCOMING
 
 
 # The end
@@ -568,3 +322,24 @@ def test_a_state_that_does_not_fit_into_one_message_is_refused() -> None:
     with pytest.raises(FerryError) as error:
         SavedGuest(0, bytes(16 * MIB), bytes(64 * MIB), []).pack()
     assert error.value.reason is Reason.VMM_FAILED
+
+
+async def test_a_state_of_another_guest_or_none_is_refused(host: Host) -> None:
+    _, leaving = await host.running()
+    destination, coming = await host.incoming()
+    saved, memory = await take(leaving)
+    await refused(coming.load_state(saved.state), Reason.ILLEGAL_STATE)
+
+    other = Memory(Layout([Region(0, MIB)]), memory.locations[:1], memory.holder)
+    seat = host.seat_for(other, destination)
+    await coming.attach_pager(seat)
+    await refused(coming.load_state(saved.state), Reason.LAYOUT_MISMATCH)
+    for state, reason in (
+        (b"", Reason.INVALID_ARGUMENT),
+        (b"something else entirely", Reason.INVALID_ARGUMENT),
+        (saved.state[:100], Reason.INVALID_ARGUMENT),
+        (saved.state[:8] + b"\7" + saved.state[9:], Reason.PROTOCOL_MISMATCH),
+    ):
+        await coming.attach_pager(seat)
+        await refused(coming.load_state(state), reason)
+    assert (await coming.describe()).activity is Activity.INCOMING

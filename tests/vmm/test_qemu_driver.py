@@ -22,7 +22,7 @@ from pageferryd.linux.userfaultfd import Userfaultfd
 from pageferryd.linux.vmm_directory import VmmDirectory
 from pageferryd.vmm.driver import Activity, FaultEndpoint, GivenFiles, GuardedMemory
 from pageferryd.vmm.qemu.driver import QemuDriver
-from pageferryd.vmm.qemu.package import Package, pack
+from pageferryd.vmm.qemu.package import Package, pack, unpack
 
 pytestmark = [*needs_qemu_and_root, pytest.mark.userfaultfd]
 
@@ -136,7 +136,8 @@ async def test_it_is_stopped_saved_and_run_again_as_often_as_one_likes() -> None
         for _ in range(2):
             await one.driver.pause()
             await one.driver.pause()
-            assert (await one.driver.save_state()).state
+            first = await one.driver.save_state()
+            assert unpack((await one.driver.save_state()).state) == unpack(first.state)
             assert (await one.driver.describe()).activity is Activity.PAUSED
             await one.driver.resume()
             await one.driver.resume()
@@ -176,9 +177,36 @@ async def test_a_waiting_qemu_is_emptied_guarded_and_in_the_end_left_as_it_was(b
         for address, region in zip(memory.addresses, layout.regions, strict=True):
             uffd.unregister(address, region.size)
         os.close(uffd.fileno())
+        async with house(*backend, "-S") as source:
+            await source.driver.describe()
+            await source.driver.pause()
+            await one.driver.load_state((await source.driver.save_state()).state)
         await one.driver.detach_pager()
         assert (one.userfaultfds(), one.guarded()) == ([], 0)
         assert one.descriptors() <= before
+
+
+async def test_a_driver_that_leaves_an_attached_qemu_leaves_it_waiting() -> None:
+    async with house(incoming=True) as one:
+        await one.driver.describe()
+        await one.driver.attach_pager(one.seat)
+        await one.driver.close()
+        assert (await one.driver.describe()).activity is Activity.INCOMING
+        await one.driver.kill()
+        assert await asyncio.to_thread(one.process.wait, SECONDS) == 0
+
+
+async def test_a_loaded_guest_runs_by_word_of_this_driver_alone() -> None:
+    async with house("-S") as source, house(incoming=True) as one:
+        for driver in (source.driver, one.driver):
+            await driver.describe()
+        await source.driver.pause()
+        await one.driver.load_state((await source.driver.save_state()).state)
+        assert (await one.driver.describe()).activity is Activity.PAUSED
+        await one.driver.resume()
+        assert (await one.driver.describe()).activity is Activity.RUNNING
+        assert await reason_of(one.driver.save_state()) is Reason.ILLEGAL_STATE
+        assert await reason_of(one.driver.attach_pager(one.seat)) is Reason.ILLEGAL_STATE
 
 
 async def test_an_attach_that_fails_half_way_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:

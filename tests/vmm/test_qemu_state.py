@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import socket
 import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,9 @@ from pageferryd.vmm.qemu import state as state_module
 from pageferryd.vmm.qemu.blocks import find_blocks
 from pageferryd.vmm.qemu.monitor import Monitor
 from pageferryd.vmm.qemu.state import (
+    await_state,
     close_plan,
+    forget_way,
     load_state,
     machine_of,
     ready_to_load,
@@ -39,8 +44,21 @@ async def save(qemu: Qemu) -> bytes:
         await close_plan(qemu.monitor, plan)
 
 
+Load = Callable[[bytes], Awaitable[None]]
+
+
+@asynccontextmanager
+async def waiting(qemu: Qemu, seconds: float = SECONDS) -> AsyncIterator[Load]:
+    """Have it wait for its one state."""
+    plan = await ready_to_load(qemu.monitor)
+    with await await_state(qemu.monitor, plan) as connection:
+        yield lambda state: load_state(qemu.monitor, state, plan, connection, seconds)
+    await forget_way(qemu.monitor)
+
+
 async def load(qemu: Qemu, state: bytes, seconds: float = SECONDS) -> None:
-    await load_state(qemu.monitor, state, await ready_to_load(qemu.monitor), seconds)
+    async with waiting(qemu, seconds) as into:
+        await into(state)
 
 
 async def move_ram(source: Qemu, destination: Qemu) -> None:
@@ -81,9 +99,9 @@ async def status(qemu: Qemu) -> str:
     return str((await qemu.monitor.execute("query-status"))["status"])
 
 
-async def refused(qemu: Qemu, state: bytes) -> FerryError:
+async def refused(loading: Awaitable[None]) -> FerryError:
     with pytest.raises(FerryError) as caught:
-        await load(qemu, state)
+        await loading
     return caught.value
 
 
@@ -145,11 +163,19 @@ async def test_a_source_goes_on_after_its_state_was_saved(tmp_path: Path) -> Non
         await runs_on(source)
 
 
+async def test_a_plan_serves_more_than_one_save(tmp_path: Path) -> None:
+    async with running_qemu(tmp_path / "source", *MACHINE, "-S") as source:
+        plan = await ready_to_save(source.monitor)
+        first = await save_state(source.monitor, plan)
+        assert await save_state(source.monitor, plan) == first
+        await close_plan(source.monitor, plan)
+
+
 async def test_a_source_keeps_nothing_of_what_it_saved(tmp_path: Path) -> None:
     async with running_qemu(tmp_path / "source", *MACHINE) as source:
         await source.monitor.execute("stop")
         await save(source)
-        assert kept_bytes(source) == [0]
+        assert not any(kept_bytes(source))
         # QEMU closes what it was told to let go of once the guest runs and the monitor's client leaves.
         await source.monitor.execute("cont")
         await source.monitor.close()
@@ -190,14 +216,6 @@ async def test_the_lock_on_a_disk_moves_with_the_guest_and_comes_back_on_an_undo
             await source.monitor.execute("cont")
 
 
-async def test_a_guest_that_runs_is_not_saved(tmp_path: Path) -> None:
-    async with running_qemu(tmp_path / "source", *MACHINE) as source:
-        with pytest.raises(FerryError, match="stop it") as caught:
-            await save(source)
-        assert caught.value.reason is Reason.VMM_FAILED
-        assert await status(source) == "running"
-
-
 async def test_a_state_above_the_limit_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_module, "MAX_STATE_BYTES", 4096)
     with pytest.raises(FerryError, match="at most") as caught:
@@ -209,20 +227,26 @@ async def test_a_damaged_state_is_refused_and_the_destination_still_takes_the_ri
     state = await saved(tmp_path)
     changed = bytearray(state)
     changed[len(state) // 2] ^= 1
-    async with running_qemu(tmp_path / "destination", *MACHINE, *INCOMING) as destination:
+    async with (
+        running_qemu(tmp_path / "destination", *MACHINE, *INCOMING) as destination,
+        waiting(destination) as into,
+    ):
         for damaged in (b"", state[:4], state[:8], state[:-1], state[: len(state) // 2], state + b"\0", bytes(changed)):
-            assert (await refused(destination, damaged)).reason is Reason.VMM_FAILED
-        assert (await refused(destination, b"\x7fELF" + state[4:])).reason is Reason.VMM_FAILED
-        assert (await refused(destination, bytes(66 << 20))).reason is Reason.VMM_FAILED
+            assert (await refused(into(damaged))).reason is Reason.VMM_FAILED
+        assert (await refused(into(b"\x7fELF" + state[4:]))).reason is Reason.VMM_FAILED
+        assert (await refused(into(bytes(66 << 20)))).reason is Reason.VMM_FAILED
         assert await status(destination) == "inmigrate"
-        await load(destination, state)
+        await into(state)
         assert await status(destination) == "paused"
 
 
 async def test_the_state_of_another_machine_is_refused_by_name(tmp_path: Path) -> None:
     state = await saved(tmp_path, "-machine", "q35", "-m", "32")
-    async with running_qemu(tmp_path / "destination", *MACHINE, *INCOMING) as destination:
-        error = await refused(destination, state)
+    async with (
+        running_qemu(tmp_path / "destination", *MACHINE, *INCOMING) as destination,
+        waiting(destination) as into,
+    ):
+        error = await refused(into(state))
         assert error.reason is Reason.VMM_FAILED
         assert "pc-q35" in error.message
         assert await status(destination) == "inmigrate"
@@ -232,7 +256,7 @@ async def test_the_state_of_another_machine_is_refused_by_name(tmp_path: Path) -
 async def test_a_state_that_qemu_does_not_take_is_an_error(tmp_path: Path, cut: float) -> None:
     body = body_of(await saved(tmp_path))
     async with running_qemu(tmp_path / "destination", *MACHINE, *INCOMING) as destination:
-        error = await refused(destination, resealed(body[: int(len(body) * cut)]))
+        error = await refused(load(destination, resealed(body[: int(len(body) * cut)])))
         # Before 9.1 an incoming QEMU ends on what it does not take.
         assert error.reason in (Reason.VMM_GONE, Reason.VMM_FAILED)
 
@@ -240,21 +264,45 @@ async def test_a_state_that_qemu_does_not_take_is_an_error(tmp_path: Path, cut: 
 async def test_the_state_of_a_machine_with_other_devices_is_an_error(tmp_path: Path) -> None:
     state = await saved(tmp_path, *MACHINE, "-device", "virtio-rng-pci")
     async with running_qemu(tmp_path / "destination", *MACHINE, *INCOMING) as destination:
-        assert (await refused(destination, state)).reason in (Reason.VMM_GONE, Reason.VMM_FAILED)
+        assert (await refused(load(destination, state))).reason in (Reason.VMM_GONE, Reason.VMM_FAILED)
 
 
 async def test_a_running_guest_is_not_touched_by_a_load(tmp_path: Path) -> None:
     state = await saved(tmp_path)
     async with running_qemu(tmp_path / "qmp", *MACHINE) as qemu:
-        error = await refused(qemu, state)
+        error = await refused(load(qemu, state))
         assert error.reason is Reason.VMM_FAILED
         assert "-incoming defer" in error.message
         assert await status(qemu) == "running"
 
 
-async def write_half(ours: socket.socket, state: bytes) -> None:
-    await asyncio.get_running_loop().sock_sendall(ours, state[: len(state) // 2])
-    await asyncio.Event().wait()
+async def test_a_qemu_that_waits_for_its_state_waits_on_when_it_is_hung_up_on(tmp_path: Path) -> None:
+    async with running_qemu(tmp_path / "destination", *MACHINE, *INCOMING) as destination:
+        plan = await ready_to_load(destination.monitor)
+        (await await_state(destination.monitor, plan)).close()
+        with pytest.raises(FerryError, match="already"):
+            await await_state(destination.monitor, plan)
+        assert await status(destination) == "inmigrate"
+
+
+async def test_a_qemu_that_gave_up_before_there_was_a_state_says_so(tmp_path: Path) -> None:
+    state = await saved(tmp_path)
+    async with running_qemu(tmp_path / "destination", *MACHINE, *INCOMING) as destination:
+        plan = await ready_to_load(destination.monitor)
+        with await await_state(destination.monitor, plan) as connection, connection.dup() as other:
+            with destination.monitor.events("MIGRATION") as events:
+                other.sendall(b"no state of a QEMU")
+                # It ends, or says that it has failed.
+                with contextlib.suppress(FerryError):
+                    while (await destination.monitor.wait_event(events, SECONDS))["data"]["status"] != "failed":
+                        pass
+            error = await refused(load_state(destination.monitor, state, plan, connection, SECONDS))
+        assert error.reason in (Reason.VMM_GONE, Reason.VMM_FAILED)
+
+
+async def write_half(connection: socket.socket, state: bytes) -> bool:
+    await asyncio.get_running_loop().sock_sendall(connection, state[: len(state) // 2])
+    return True
 
 
 async def test_a_qemu_that_is_killed_while_it_loads_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +311,8 @@ async def test_a_qemu_that_is_killed_while_it_loads_is_gone(tmp_path: Path, monk
     async with running_qemu(tmp_path / "destination", *MACHINE, *INCOMING) as destination:
         with destination.monitor.events("MIGRATION") as events:
             loading = asyncio.create_task(load(destination, state))
-            await destination.monitor.wait_event(events, SECONDS)
+            while (await destination.monitor.wait_event(events, SECONDS))["data"]["status"] != "active":
+                pass
             destination.process.kill()
             with pytest.raises(FerryError) as caught:
                 await loading

@@ -98,6 +98,7 @@ class PrepareRequest(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     DRIVER_FIELD_NUMBER: _builtins.int
     MACHINE_FIELD_NUMBER: _builtins.int
+    LANE_ADDRESS_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     """The migration's id, the same on both hosts."""
     guest_id: _builtins.str
@@ -114,6 +115,10 @@ class PrepareRequest(_message.Message):
     """The kind of VMM at the source, as Guest.driver; the destination's must be the same."""
     machine: _builtins.str
     """What else must be the same at both ends, as the VMM names it (QEMU: the machine type); empty where nothing must."""
+    lane_address: _builtins.str
+    """Where the source serves both lanes over bare sockets (see LaneHello), which take less of the hosts than gRPC does:
+    HOST:PORT or unix:PATH; empty where it serves them over gRPC alone.
+    """
     @_builtins.property
     def layout(self) -> _memory_pb2.MemoryLayout:
         """The guest's memory at the source; the destination's must be the same. Absent where the source's VMM tells it only
@@ -137,10 +142,11 @@ class PrepareRequest(_message.Message):
         limits: _migration_pb2.Limits | None = ...,
         driver: _builtins.str = ...,
         machine: _builtins.str = ...,
+        lane_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "guest_id", b"guest_id", "layout", b"layout", "limits", b"limits", "machine", b"machine", "migration_id", b"migration_id", "page_address", b"page_address", "protocol_version", b"protocol_version", "source_name", b"source_name", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "guest_id", b"guest_id", "lane_address", b"lane_address", "layout", b"layout", "limits", b"limits", "machine", b"machine", "migration_id", b"migration_id", "page_address", b"page_address", "protocol_version", b"protocol_version", "source_name", b"source_name", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from pageferry.v1 import memory_pb2 as _memory_pb2
 import builtins as _builtins
 import sys
@@ -18,6 +19,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Lane:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LaneEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Lane.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LANE_UNSPECIFIED: _Lane.ValueType  # 0
+    """Never sent."""
+    LANE_DEMAND: _Lane.ValueType  # 1
+    """FetchPages."""
+    LANE_PUSH: _Lane.ValueType  # 2
+    """PushPages."""
+
+class Lane(_Lane, metaclass=_LaneEnumTypeWrapper):
+    """Lane names one of the two streams of pages."""
+
+LANE_UNSPECIFIED: Lane.ValueType  # 0
+"""Never sent."""
+LANE_DEMAND: Lane.ValueType  # 1
+"""FetchPages."""
+LANE_PUSH: Lane.ValueType  # 2
+"""PushPages."""
+Global___Lane: _TypeAlias = Lane  # noqa: Y015
 
 @_typing.final
 class GetLayoutRequest(_message.Message):
@@ -332,3 +357,38 @@ class CompleteResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CompleteResponse: _TypeAlias = CompleteResponse  # noqa: Y015
+
+@_typing.final
+class LaneHello(_message.Message):
+    """LaneHello opens a lane on a bare socket, beside the streams of PageService: a TCP or Unix connection of its own, under
+    mutual TLS wherever gRPC is. Everything on it is a frame: four bytes of length, little-endian, and so many bytes. The
+    destination sends this message in the first frame; the source answers with an empty frame. Then the frames are the
+    messages of FetchPages or PushPages, in either direction. A length with its highest bit set is a refusal: its bytes
+    are a google.rpc.Status, and the connection ends behind it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    LANE_FIELD_NUMBER: _builtins.int
+    migration_id: _builtins.str
+    """The migration's id."""
+    token: _builtins.bytes
+    """The migration's secret, as given in PrepareRequest."""
+    lane: Global___Lane.ValueType
+    """Which lane this is."""
+    def __init__(
+        self,
+        *,
+        migration_id: _builtins.str = ...,
+        token: _builtins.bytes = ...,
+        lane: Global___Lane.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lane", b"lane", "migration_id", b"migration_id", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LaneHello: _TypeAlias = LaneHello  # noqa: Y015

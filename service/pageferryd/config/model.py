@@ -91,6 +91,10 @@ class Settings(BaseSettings):
     """Where destinations reach this sidecar's page service, when that is not the first of `listen`."""
     api_socket: SocketPath | None = None
     """A Unix socket for this host's operators: without TLS, guarded by its mode 0600."""
+    lane_sockets: bool = True
+    """Serve pages over bare sockets as well, which take less of both hosts than gRPC: used where they are reached."""
+    lane_listen: Address | None = None
+    """Where these are; the port behind the first of `listen` when this is not given."""
     http: TcpAddress = "127.0.0.1:9743"
     """Where /metrics, /healthz and /readyz are served."""
     runtime_dir: RuntimeDir = Path("/run/pageferry")
@@ -145,8 +149,10 @@ class Settings(BaseSettings):
 
     def page_address(self, bound: Sequence[str]) -> str:
         """Return where destinations reach the page service; `bound` is what `listen` was bound to, in its order."""
-        if self.advertise is not None:
-            return self.advertise
+        return self.advertise if self.advertise is not None else self.page_bound(bound)
+
+    def page_bound(self, bound: Sequence[str]) -> str:
+        """Return which of `bound` destinations use: the first that is no Unix socket, if there is one."""
         return next((address for address in bound if not addresses.is_unix(address)), bound[0])
 
 

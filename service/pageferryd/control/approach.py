@@ -15,7 +15,9 @@ from pageferryd.control.landing import Landing, Waiting
 from pageferryd.control.limits import session_options
 from pageferryd.control.view import layout_of
 from pageferryd.core.errors import LayoutError
-from pageferryd.destination.grpc_lanes import GrpcLaneOpener, Source
+from pageferryd.destination.grpc_lanes import GrpcLaneOpener
+from pageferryd.destination.page_calls import Source
+from pageferryd.destination.socket_lanes import SocketLaneOpener
 from pageferryd.linux.pidfd import PidFd
 from pageferryd.linux.userfaultfd import find_userfaultfd
 from pageferryd.source.page_service import layout_to_proto
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from pageferryd.control.registry import Guest
     from pageferryd.control.surroundings import Surroundings
     from pageferryd.core.layout import Layout
+    from pageferryd.destination.lanes import LaneOpener
 
 
 class Approach:
@@ -123,10 +126,14 @@ class Approach:
     def _waiting(self, layout: Layout) -> Waiting:
         return Waiting(self._guest.driver, layout, self._pid)
 
-    def _opener(self, layout: Layout) -> GrpcLaneOpener:
-        request = self._request
-        source = Source(request.migration_id, request.page_address, request.source_name, request.token, layout)
-        return GrpcLaneOpener(source, self._around.tls, self._around.settings.limits.lane_silence_timeout)
+    def _opener(self, layout: Layout) -> LaneOpener:
+        request, settings = self._request, self._around.settings
+        lanes = request.lane_address if settings.lane_sockets else ""
+        source = Source(request.migration_id, request.page_address, request.source_name, request.token, layout, lanes)
+        over_grpc = GrpcLaneOpener(source, self._around.tls, settings.limits.lane_silence_timeout)
+        if not lanes:
+            return over_grpc
+        return SocketLaneOpener(source, self._around.tls, settings.limits.lane_silence_timeout, over_grpc)
 
     async def _land(self, layout: Layout) -> None:
         """Open the lanes and ready the VMM; have its memory handed over, unless that comes with the state."""

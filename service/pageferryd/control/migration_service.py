@@ -13,7 +13,7 @@ from pageferry.errors import FerryError, Reason
 from pageferry.v1 import migration_pb2, migration_pb2_grpc
 from pageferryd.control.incoming import Incoming
 from pageferryd.control.limits import check_limits
-from pageferryd.control.outgoing import Outgoing
+from pageferryd.control.outgoing import Outgoing, PageAddresses
 from pageferryd.control.peer import Destination
 from pageferryd.control.preflight import check_host
 from pageferryd.control.record import MigrationRecord
@@ -32,20 +32,20 @@ _MAX_ID = 128
 
 
 class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
-    """The API. `page_address` returns where destinations reach this sidecar's page service."""
+    """The API. `page_addresses` returns where destinations reach this sidecar's page service."""
 
     def __init__(
         self,
         book: MigrationBook,
         around: Surroundings,
         pages: PageService,
-        page_address: Callable[[], str],
+        page_addresses: Callable[[], PageAddresses],
         drain: Drain,
     ) -> None:
         self._book = book
         self._around = around
         self._pages = pages
-        self._page_address = page_address
+        self._page_addresses = page_addresses
         self._drain = drain
 
     async def Preflight(  # noqa: N802 - the name in the contract
@@ -148,7 +148,7 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
             limits=request.limits,
         )
         guest = self._around.guests.claim(request.guest_id, record.migration_id)
-        outgoing = Outgoing(record, guest, self._around, self._pages, self._page_address())
+        outgoing = Outgoing(record, guest, self._around, self._pages, self._page_addresses())
         self._book.add(outgoing)
         return outgoing
 

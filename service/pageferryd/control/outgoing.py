@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
@@ -34,17 +34,24 @@ _log = structlog.get_logger(__name__)
 _LAST_REPORT_SECONDS = 5.0
 
 
+class PageAddresses(NamedTuple):
+    """Where destinations reach this host's page service, and its lanes over sockets (empty where there are none)."""
+
+    grpc: str
+    lanes: str = ""
+
+
 class Outgoing:
-    """One guest that leaves this host. `page_address` is where its destination reaches the page service."""
+    """One guest that leaves this host."""
 
     def __init__(
-        self, record: MigrationRecord, guest: Guest, around: Surroundings, pages: PageService, page_address: str
+        self, record: MigrationRecord, guest: Guest, around: Surroundings, pages: PageService, addresses: PageAddresses
     ) -> None:
         self.record = record
         self._guest = guest
         self._around = around
         self._pages = pages
-        self._page_address = page_address
+        self._addresses = addresses
         self._destination: Destination | None = None
         self._announced = record.limits
         self._token = secrets.token_bytes(TOKEN_BYTES)
@@ -161,7 +168,8 @@ class Outgoing:
             guest_id=record.guest_id,
             protocol_version=PROTOCOL_VERSION,
             layout=layout_to_proto(memory.layout) if memory is not None else None,
-            page_address=self._page_address,
+            page_address=self._addresses.grpc,
+            lane_address=self._addresses.lanes,
             source_name=record.source_name,
             token=self._token,
             limits=record.limits,

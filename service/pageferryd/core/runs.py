@@ -89,9 +89,16 @@ def varint(value: int) -> bytes:
 
 def encode(runs: Sequence[Run], data: Sequence[bytes | memoryview], *, last: bool = False) -> bytes:
     """Return the message; `data` are the bytes of the raw runs in order, in any number of parts."""
+    return b"".join(encode_parts(runs, data, last=last))
+
+
+def encode_parts(
+    runs: Sequence[Run], data: Sequence[bytes | memoryview], *, last: bool = False
+) -> list[bytes | memoryview]:
+    """Return the message in parts, the pages among them as they were given."""
     count = len(runs)
     if count == len(data) == 1 and runs[0][1:] == (1, RAW) and not last:
-        return b"".join((_PAGE_FIRST.pack(_BEFORE_FIRST, runs[0].first, _AFTER_FIRST), data[0]))
+        return [_PAGE_FIRST.pack(_BEFORE_FIRST, runs[0].first, _AFTER_FIRST), data[0]]
     size = sum(map(len, data))
     parts: list[bytes | memoryview] = []
     if count:
@@ -110,7 +117,7 @@ def encode(runs: Sequence[Run], data: Sequence[bytes | memoryview], *, last: boo
         parts += [_TAG_DATA, varint(size), *data]
     if last:
         parts.append(_LAST)
-    return b"".join(parts)
+    return parts
 
 
 def read_varint(message: bytes, at: int) -> tuple[int, int]:

@@ -27,7 +27,6 @@ CLASSES = {
     Answer.POISON: "poisoned",
 }
 """What a fault's answer is called in metrics."""
-_TO_COME = (Answer.FETCH, Answer.JOINED)
 
 
 class FaultIntake:
@@ -40,7 +39,7 @@ class FaultIntake:
         ended: Callable[[list[FaultTimes]], None],
         work: Callable[[], None],
         clock: Callable[[], float],
-        note_discard: Callable[[int, int], None],
+        note_discard: Callable[[int, int], None] = lambda _first, _pages: None,
     ) -> None:
         self._pager = pager
         self._placer = placer
@@ -58,21 +57,12 @@ class FaultIntake:
             self.discard(first, pages, now)
         shared_only = door == SHARED_DOOR
         for page in events.faults:
-            if shared_only and page in self._placer.private:
-                # Whether the VMM has imported it yet or not: this access is not what waits for that.
-                self._placer.serve_shared_side(page)
-                self.counts[door, CLASSES[Answer.ZERO]] += 1
-                continue
-            answer = self._pager.fault(page, now, events.seen)
-            if shared_only and answer in _TO_COME:
-                self._placer.touched_shared.add(page)
+            if shared_only:
+                answer = self._placer.touched(page, now, events.seen)
+            else:
+                answer = self._pager.fault(page, now, events.seen)
+                self._placer.carry_out(answer, page)
             self.counts[door, CLASSES[answer]] += 1
-            if answer is Answer.ZERO:
-                self._placer.serve_zero(page)
-            elif answer is Answer.WAKE:
-                self._placer.serve_present(page)
-            elif answer is Answer.POISON:
-                self._placer.serve_poison(page)
         self._work()
 
     def discard(self, first: int, pages: int, now: float) -> None:
@@ -89,7 +79,14 @@ class FaultIntake:
             if whole:
                 self._discard_whole(start, length, now)
             else:
-                self._placer.partly_dropped(start, length)
+                self._discard_part(start, length)
+
+    def _discard_part(self, first: int, pages: int) -> None:
+        waited_for = self._placer.partly_dropped(first, pages)
+        for times in waited_for:
+            self._placer.serve_zero(times.page)
+        if waited_for:
+            self._ended(waited_for)
 
     def _discard_whole(self, first: int, pages: int, now: float) -> None:
         self._placer.dropped(first, pages)
@@ -105,8 +102,9 @@ class FaultIntake:
 
     def _poisoned(self, first: int, pages: int) -> list[int]:
         """Return the poisoned pages of whole granules; one stands for a granule, which was poisoned whole."""
-        step = self._pager.layout.granule(first)[1]
-        return [page for page in range(first, first + pages, step) if page in self._pager.map.poisoned]
+        step, found = self._pager.layout.granule(first)[1], self._pager.map.poisoned
+        each = [(found.next_present(start, start + step), start + step) for start in range(first, first + pages, step)]
+        return [page for page, stop in each if page < stop]
 
 
 def whole_granules(layout: Layout, first: int, pages: int) -> Iterator[tuple[int, int, bool]]:

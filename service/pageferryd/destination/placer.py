@@ -6,18 +6,14 @@ from collections import Counter, deque
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import structlog
-
-from pageferry.errors import FerryError, Reason
 from pageferryd.core.layout import PAGE_SIZE
-from pageferryd.core.page_set import PageSet
 from pageferryd.core.pager import Lane
 from pageferryd.core.runs import OPAQUE, POISONED, PRIVATE, PRIVATE_ZERO, RAW, WITH_BYTES, ZERO, Run
+from pageferryd.destination.answering import Answering
 from pageferryd.destination.door import Settled
 from pageferryd.destination.exports import Exports
 from pageferryd.destination.imports import Delivery, ImportDesk
 from pageferryd.destination.installer import Placed
-from pageferryd.destination.staging import Staging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,8 +24,6 @@ if TYPE_CHECKING:
     from pageferryd.core.runs import Batch
     from pageferryd.destination.arrivals import ArrivalMap
     from pageferryd.destination.installer import Installer
-
-_log = structlog.get_logger(__name__)
 
 SLICE_PAGES = 256
 """Most pages placed in one go: a fault waits at most that long for the event loop."""
@@ -55,7 +49,7 @@ class _Piece(NamedTuple):
     lane: Lane
 
 
-class Placer:
+class Placer(Answering):
     """Installs runs and tells the pager. What the kernel cannot take now is kept, in order, for `retry`.
 
     `drain` makes the doors deliver what is queued; `ended` gets the faults that an install has answered; `settled` is
@@ -72,28 +66,16 @@ class Placer:
         clock: Callable[[], float],
         settled: Callable[[int, int, Settled], None] | None = None,
     ) -> None:
-        self._pager = pager
-        self._installer = installer
+        super().__init__(pager, installer, clock, settled, deque())
+        self._ended = ended
         self._arrivals = arrivals
         self._drain = drain
-        self._ended = ended
-        self._clock = clock
-        self._settled = settled
-        self._uniform = pager.layout.uniform
-        self._staging = Staging(pager.layout)
         self._backlog: deque[_Piece] = deque()
-        self._unserved: deque[Callable[[], None]] = deque()
         self._retrying = False
         self.pages: Counter[tuple[str, str]] = Counter()
         """Pages placed, by lane and kind."""
         self.desk = ImportDesk(self._imported, self._refused)
         self.exports = Exports(pager.layout.page_count, self._take_bundle, self.desk.has_room)
-        self.private = PageSet(pager.layout.page_count)
-        """Pages that are private to the guest."""
-        self.touched_shared: set[int] = set()
-        """Pages that somebody waits for at a door that sees only accesses to shared memory."""
-        self.shared_accesses = 0
-        """Accesses to the shared side of private pages: they got zeroes, as KVM gives."""
 
     @property
     def behind(self) -> bool:
@@ -104,7 +86,7 @@ class Placer:
         """Place a small batch at once."""
         if len(batch.runs) == 1:
             self._place(_Piece(batch.runs[0], batch.message, batch.offset, lane))
-            if self._backlog:
+            if self._backlog or self._unserved:
                 self.retry()
             return
         for _ in self.slices(batch, lane):
@@ -121,7 +103,7 @@ class Placer:
                     offset += pages * PAGE_SIZE
                 if pages == SLICE_PAGES or self.desk.full:
                     yield
-        if self._backlog:
+        if self._backlog or self._unserved:
             self.retry()
 
     def retry(self) -> bool:
@@ -155,22 +137,28 @@ class Placer:
             if self._uniform or self._pager.layout.granule(first)[1] == 1:
                 self._put(Run(first, pages, run.kind), piece.data, offset, piece.lane)
                 continue
-            for whole in self._staging.add(Run(first, pages, run.kind), piece.data, offset):
-                self._put(whole.run, whole.data, 0, piece.lane)
+            for start in self._staging.add(Run(first, pages, run.kind), piece.data, offset):
+                self._put_granule(start, piece.lane)
 
     def _hand_out(self, run: Run, data: bytes, offset: int, lane: Lane) -> None:
         """Give private pages to the VMM, or have them exported for it; who touched their shared side gets zeroes."""
-        self._mark_private(run.first, run.pages)
+        self._mark_private(run.first, run.pages, lane)
         if run.kind == OPAQUE:
             self._ask_for(run)
         else:
             self._pager.duplicate(self.desk.deliver(run, data, offset, lane))
 
-    def _mark_private(self, first: int, pages: int) -> None:
+    def _mark_private(self, first: int, pages: int, lane: Lane) -> None:
         self.private.add(first, pages)
-        for page in [page for page in self.touched_shared if first <= page < first + pages]:
-            self.touched_shared.discard(page)
-            self.serve_shared_side(page)
+        self._blank(first, pages, lane)
+
+    def _blank(self, first: int, pages: int, lane: Lane) -> None:
+        """Pages of one region are zero on their shared side, so whoever waits for that need not wait for them."""
+        if not self._uniform:
+            for start in self._staging.blank(first, pages):
+                self._put_granule(start, lane)
+        if self.touched_shared:
+            self.touched_before(first, pages)
 
     def _ask_for(self, run: Run) -> None:
         """Have opaque pages exported, but for those that the VMM was given before."""
@@ -186,23 +174,10 @@ class Placer:
         self._pager.duplicate(len(bundle.pages) - len(wanted))
         if wanted:
             for page in wanted:
-                self._mark_private(page, 1)
+                self._mark_private(page, 1, Lane.DEMAND)
             delivery = Delivery(tuple(bundle.pages), bundle.payload, bundle.metadata, bundle.stream, bundle.epoch)
             waited_for = any(self._pager.waits_for(page) for page in wanted)
             self.desk.deliver_bundle(delivery, wanted, Lane.DEMAND if waited_for else Lane.PUSH)
-
-    def serve_shared_side(self, page: int) -> None:
-        """Give zeroes to who touched the shared side of a private page."""
-        self.shared_accesses += 1
-        self._fill_shared_side(page)
-
-    def _fill_shared_side(self, page: int) -> None:
-        # Nothing is told of the page itself: its private side may be on its way yet.
-        _, how = self._install(Run(page, 1, ZERO), b"", 0)
-        if how is Placed.PRESENT:
-            self._installer.wake(page, 1)
-        elif how is Placed.RETRY:
-            self._unserved.append(partial(self._fill_shared_side, page))
 
     def _imported(self, run: Run, lane: Lane) -> None:
         """The VMM has a private page in the guest."""
@@ -234,15 +209,24 @@ class Placer:
             first, left = first + skipped, left - skipped
             offset += skipped * PAGE_SIZE if run.kind == RAW else 0
 
-    def _install(self, run: Run, data: bytes, offset: int) -> tuple[int, Placed]:
-        try:
-            if run.kind == RAW:
-                return self._installer.raw(run.first, run.pages, data, offset)
-            if run.kind == ZERO:
-                return self._installer.zero(run.first, run.pages)
-            return self._installer.poison(run.first, run.pages)
-        except FerryError as error:
-            return 0, _wait_for_memory(error)
+    def _put_granule(self, start: int, lane: Lane) -> None:
+        """Install a granule whose last page has come, whole; what is private of it stays as missing as it is."""
+        whole = self._staging.whole(start)
+        if whole is None:
+            return
+        first, pages, kind = whole.run
+        _, how = self._install(whole.run, whole.data, 0)
+        if how is Placed.RETRY:
+            self._unserved.append(partial(self._put_granule, start, lane))
+            return
+        self._staging.finish(start)
+        if how is Placed.PRESENT:
+            self._installer.wake(first, pages)
+        for shared, length in list(self._missing_shared(first, pages)):
+            if how is Placed.UNMAPPED:
+                self._give_up(shared, length)
+            else:
+                self._note(Run(shared, length, kind), lane)
 
     def _note(self, run: Run, lane: Lane) -> None:
         now = self._clock()
@@ -263,57 +247,28 @@ class Placer:
             self._installer.wake(run.first, pages)
             self._note(Run(run.first, pages, run.kind), lane)
         else:
-            # Nobody can touch it any more, as after a discard.
-            self._ended(self._pager.discard(run.first, pages, self._clock()))
-            self._tell(run.first, pages, Settled.ZERO)
+            self._give_up(run.first, pages)
         return pages
 
-    def _tell(self, first: int, pages: int, how: Settled) -> None:
-        if self._settled is not None:
-            self._settled(first, pages, how)
-
-    def serve_zero(self, page: int) -> None:
-        """Give zeroes to who waits for a page that was discarded."""
-        first, pages = self._pager.layout.granule(page)
-        _, how = self._install(Run(first, pages, ZERO), b"", 0)
-        if how is Placed.RETRY:
-            self._unserved.append(partial(self.serve_zero, page))
-            return
-        if how is Placed.PRESENT:
-            self._installer.wake(first, pages)
+    def _give_up(self, first: int, pages: int) -> None:
+        """Nobody can touch pages any more, as after a discard."""
+        self._ended(self._pager.discard(first, pages, self._clock()))
         self._tell(first, pages, Settled.ZERO)
 
-    def serve_poison(self, page: int) -> None:
-        """Give a memory error to who touched a page that the source could not read."""
-        first, pages = self._pager.layout.granule(page)
-        _, how = self._install(Run(first, pages, POISONED), b"", 0)
-        if how is not Placed.DONE:
-            self._installer.wake(first, pages)
-        self._tell(first, pages, Settled.POISONED)
+    def partly_dropped(self, first: int, pages: int) -> list[FaultTimes]:
+        """The guest gave pages away, or converts them, that are less than one granule; returns who waited for them.
 
-    def serve_present(self, page: int) -> None:
-        """Let who touched a page go on that was installed meanwhile."""
-        if page in self.private:
-            # It is in the VMM's hands; its shared side is another page.
-            self._installer.let_through(page, 1)
-            self._tell(page, 1, Settled.PRESENT)
-            return
-        first, pages = self._pager.layout.granule(page)
-        try:
-            _, how = self._installer.touched_again(first, pages)
-        except FerryError as error:
-            how = _wait_for_memory(error)
-        if how is Placed.RETRY:
-            self._unserved.append(partial(self.serve_present, page))
-            return
-        if how is Placed.DONE:
-            self._pager.discard(first, pages, self._clock())
-        self._tell(first, pages, Settled.ZERO if how is Placed.DONE else Settled.PRESENT)
-
-    def partly_dropped(self, first: int, pages: int) -> None:
-        """The guest gave pages away that are less than one granule: the kernel zeroes them once it is installed."""
-        for start, length in self._pager.map.missing_runs(first, pages):
-            self._staging.punch(start, length)
+        They are zero in the granule when that is installed; where it is, the kernel or the VMM has made them so. Poison
+        is in place for all of a granule, and stays.
+        """
+        self.desk.drop(first, pages)
+        self.exports.drop(first, pages)
+        self.private.remove(first, pages)
+        waited_for: list[FaultTimes] = []
+        for start, length in list(self._pager.map.poisoned.absent_runs(first, pages)):
+            waited_for += self._pager.discard(start, length, self._clock())
+        self._blank(first, pages, Lane.PUSH)
+        return waited_for
 
     def dropped(self, first: int, pages: int) -> None:
         """The guest gave pages away, or converts them: what is staged or delivered of them is worthless."""
@@ -323,11 +278,3 @@ class Placer:
         self.private.remove(first, pages)
         if not self._uniform:
             self._staging.drop(first, pages)
-
-
-def _wait_for_memory(error: FerryError) -> Placed:
-    """A host without memory now may have some later: the guest waits, and loses nothing."""
-    if error.reason is not Reason.NO_SPACE:
-        raise error
-    _log.warning("no_memory_for_guest", detail=error.message)
-    return Placed.RETRY

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from pageferryd.core.layout import PAGE_SIZE
@@ -10,6 +9,8 @@ from pageferryd.core.page_set import PageSet
 from pageferryd.core.runs import POISONED, RAW, ZERO, Run
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pageferryd.core.layout import Layout
 
 
@@ -20,73 +21,104 @@ class Whole(NamedTuple):
     data: bytes
 
 
-@dataclass(slots=True)
 class _Granule:
-    data: bytearray
-    missing: set[int] = field(default_factory=set)
-    raw: bool = False
-    poisoned: bool = False
+    """Pages of one granule that have come: a buffer once one of them has bytes."""
+
+    __slots__ = ("data", "poisoned")
+
+    def __init__(self) -> None:
+        self.data: bytearray | None = None
+        self.poisoned = False
 
 
 class Staging:
-    """Huge pages in the making. As many as are under way on the lanes, whose windows bound them."""
+    """Huge pages in the making. As many as are under way on the lanes, whose windows bound them.
+
+    A page has come when its bytes are here, or when it is blank: its shared side will be zero, since it is private to
+    the guest or was given away. A granule of blank pages alone is nobody's to install.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._granules: dict[int, _Granule] = {}
-        # Single pages of granules that the guest gave away before the whole had come: zero, whatever comes for them.
-        self._holes = PageSet(layout.page_count)
+        # All of a granule's, from the moment it is complete.
+        self._come = PageSet(layout.page_count)
+        self._blank = PageSet(layout.page_count)
 
     def __len__(self) -> int:
         return len(self._granules)
 
-    def add(self, run: Run, data: bytes, offset: int) -> list[Whole]:
-        """Take pages of granules; return those granules that this completed. One poisoned page poisons its granule."""
-        ready: list[Whole] = []
-        first, left = run.first, run.pages
-        while left:
-            start, size = self._layout.granule(first)
-            take = min(left, start + size - first)
-            granule = self._granules.get(start)
-            if granule is None:
-                granule = self._granules[start] = _Granule(bytearray(size * PAGE_SIZE), set(range(start, start + size)))
-            self._fill(granule, first - start, Run(first, take, run.kind), data, offset)
-            if not granule.missing:
-                ready.append(self._finish(start, size))
+    def add(self, run: Run, data: bytes, offset: int) -> list[int]:
+        """Take pages of granules; return the first page of each granule that this completed."""
+        for start, size, first, pages in self._parts(run.first, run.pages):
+            granule = self._granules.setdefault(start, _Granule())
             if run.kind == RAW:
-                offset += take * PAGE_SIZE
-            first += take
-            left -= take
-        return ready
+                if granule.data is None:
+                    granule.data = bytearray(size * PAGE_SIZE)
+                into, length = (first - start) * PAGE_SIZE, pages * PAGE_SIZE
+                granule.data[into : into + length] = memoryview(data)[offset : offset + length]
+                offset += length
+            elif run.kind == POISONED:
+                granule.poisoned = True
+            self._come.add(first, pages)
+        return self._complete(run.first, run.pages)
 
-    @staticmethod
-    def _fill(granule: _Granule, into: int, run: Run, data: bytes, offset: int) -> None:
-        granule.missing.difference_update(range(run.first, run.first + run.pages))
-        if run.kind == RAW:
-            size = run.pages * PAGE_SIZE
-            granule.data[into * PAGE_SIZE : into * PAGE_SIZE + size] = memoryview(data)[offset : offset + size]
-            granule.raw = True
-        elif run.kind == POISONED:
-            granule.poisoned = True
+    def blank(self, first: int, pages: int) -> list[int]:
+        """Note that pages are zero on their shared side, whatever else comes; returns what `add` does."""
+        if self._layout.granule(first)[1] == 1:
+            return []
+        self._blank.add(first, pages)
+        return self._complete(first, pages) if self._come.add(first, pages) else []
 
-    def _finish(self, start: int, size: int) -> Whole:
-        granule = self._granules.pop(start)
-        for page in range(start, start + size) if self._holes.count else ():
-            if page in self._holes:
-                into = (page - start) * PAGE_SIZE
-                granule.data[into : into + PAGE_SIZE] = bytes(PAGE_SIZE)
-        self._holes.remove(start, size)
+    def whole(self, start: int) -> Whole | None:
+        """Return a complete granule by its first page, or None where it was given away meanwhile or put in place.
+
+        One poisoned page poisons all of it.
+        """
+        granule = self._granules.get(start)
+        if granule is None:
+            return None
+        _, size = self._layout.granule(start)
         if granule.poisoned:
             return Whole(Run(start, size, POISONED), b"")
-        if granule.raw:
-            return Whole(Run(start, size, RAW), bytes(granule.data))
-        return Whole(Run(start, size, ZERO), b"")
+        if granule.data is None:
+            return Whole(Run(start, size, ZERO), b"")
+        page, stop = start, start + size
+        while (page := self._blank.next_present(page, stop)) < stop:
+            into = (page - start) * PAGE_SIZE
+            granule.data[into : into + PAGE_SIZE] = bytes(PAGE_SIZE)
+            page += 1
+        return Whole(Run(start, size, RAW), bytes(granule.data))
 
-    def punch(self, first: int, pages: int) -> None:
-        """The guest gave a part of a granule away that is not installed yet: that part of it will be zero."""
-        self._holes.add(first, pages)
+    def finish(self, start: int) -> None:
+        """A granule is in place: its bytes are needed no more."""
+        del self._granules[start]
+        self._blank.remove(*self._layout.granule(start))
+
+    def to_come(self, first: int, stop: int) -> int:
+        """Return the first page of [first, stop) that has not come yet, or `stop`."""
+        return self._come.next_absent(first, stop)
 
     def drop(self, first: int, pages: int) -> None:
         """Forget granules that lie in a run: the guest gave them away."""
         for start in [start for start in self._granules if first <= start < first + pages]:
             del self._granules[start]
+        self._come.remove(first, pages)
+        self._blank.remove(first, pages)
+
+    def _complete(self, first: int, pages: int) -> list[int]:
+        """Return which granules with a page in the run can be put in place."""
+        return [
+            start
+            for start, size, _, _ in self._parts(first, pages)
+            if start in self._granules and self._come.holds_all(start, size)
+        ]
+
+    def _parts(self, first: int, pages: int) -> Iterator[tuple[int, int, int, int]]:
+        """Cut a run into granules; yields each one's first page and size, and the run's first page and length in it."""
+        stop = first + pages
+        while first < stop:
+            start, size = self._layout.granule(first)
+            end = min(stop, start + size)
+            yield start, size, first, end - first
+            first = end

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -23,9 +26,9 @@ _log = structlog.get_logger(__name__)
 
 HUGE: Final = 2 << 20
 _NR_PROCESS_MADVISE: Final = 440  # the same on every architecture (asm-generic/unistd.h)
+_MADV_POPULATE_WRITE: Final = 23
 _MADV_COLLAPSE: Final = 25
-# One call holds the process's mappings for a while: 32 MiB at a time.
-_PIECES_A_CALL: Final = 16
+_LONGEST_PAUSE: Final = 0.02
 _ROUNDS: Final = 3
 # A piece with a pinned page, say. Whoever has many of them is not worth the work.
 _MAX_SKIPPED: Final = 64
@@ -39,15 +42,41 @@ class _Iovec(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
-_syscall = ctypes.CDLL(None, use_errno=True).syscall
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
 _syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint)
 _syscall.restype = ctypes.c_long
+_madvise = _libc.madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class _Touched:
+    """Has the kernel touch a huge page, which it then takes for the piece that is collapsed next, if it can.
+
+    The first touch costs a machine that is itself a virtual one some milliseconds, for which the guest would stand.
+    """
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._pin = ctypes.c_char.from_buffer(self._memory)
+        self._page = -(-ctypes.addressof(self._pin) // HUGE) * HUGE
+        _madvise(self._page, HUGE, mmap.MADV_HUGEPAGE)
+
+    def touch(self) -> None:
+        """Touch it, and give it back; where there is none, the collapse itself will tell."""
+        _madvise(self._page, HUGE, _MADV_POPULATE_WRITE)
+        _madvise(self._page, HUGE, mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        del self._pin
+        self._memory.close()
 
 
 def collapse(pid: int, spans: Iterable[tuple[int, int]]) -> int:
     """Map whole 2 MiB of the (address, bytes) spans of a process by huge pages; return bytes that were not before.
 
-    Blocks for as long as copying the memory takes, without the interpreter's lock. Never fails: what the kernel
+    One piece at a time: who touches that meanwhile waits until it is copied, and in between the process runs as long
+    undisturbed. Blocks for some milliseconds a piece, without the interpreter's lock. Never fails: what the kernel
     refuses stays as it is.
     """
     spans = list(spans)
@@ -57,51 +86,50 @@ def collapse(pid: int, spans: Iterable[tuple[int, int]]) -> int:
     except FerryError as error:
         _log.info("memory_not_collapsed", pid=pid, detail=error.message)
         return 0
-    try:
-        refusals = {_collapse(process.fileno(), list(_pieces(span))) for span in spans} - {0}
-    finally:
-        process.close()
+    with process, closing(_Touched()) as touched:
+        refusals = {_collapse(process.fileno(), list(_pieces(span)), touched) for span in spans} - {0}
     if refusals:
         _log.info("memory_not_collapsed", pid=pid, detail=", ".join(map(os.strerror, sorted(refusals))))
     return max(0, big_bytes(pid, spans) - before)
 
 
-def _collapse(pidfd: int, pieces: Sequence[int]) -> int:
+def _collapse(pidfd: int, pieces: Sequence[int], touched: _Touched) -> int:
     """Collapse pieces up to the first that cannot be; return the errno of what was left, or 0.
 
     Pieces that are in use just now are tried again behind all others.
     """
     for _ in range(_ROUNDS):
-        refusal, pieces = _collapse_once(pidfd, pieces)
+        refusal, pieces = _collapse_once(pidfd, pieces, touched)
         if refusal not in _PASSING:
             break
     return refusal
 
 
-def _collapse_once(pidfd: int, pieces: Sequence[int]) -> tuple[int, Sequence[int]]:
+def _collapse_once(pidfd: int, pieces: Sequence[int], touched: _Touched) -> tuple[int, Sequence[int]]:
     """Return the last errno and the pieces that were skipped for it."""
-    at, refusal = 0, 0
+    refusal = 0
     skipped: list[int] = []
-    while at < len(pieces) and len(skipped) < _MAX_SKIPPED:
-        done, number = _advise(pidfd, pieces[at : at + _PIECES_A_CALL])
-        at += done
+    for at, piece in enumerate(pieces):
+        touched.touch()
+        began = time.monotonic()
+        number = _advise(pidfd, piece)
         if number in _PASSING:
             refusal = number
-            skipped.append(pieces[at])
-            at += 1
+            skipped.append(piece)
+            if len(skipped) == _MAX_SKIPPED:
+                break
         elif number:
             return number, ()
+        if at + 1 < len(pieces):
+            time.sleep(min(time.monotonic() - began, _LONGEST_PAUSE))
     return refusal, skipped
 
 
-def _advise(pidfd: int, pieces: Sequence[int]) -> tuple[int, int]:
-    """Return how many pieces the kernel has taken, and the errno of the next one, or 0."""
-    vector = (_Iovec * len(pieces))(*[_Iovec(address, HUGE) for address in pieces])
-    done = _syscall(_NR_PROCESS_MADVISE, pidfd, ctypes.addressof(vector), len(pieces), _MADV_COLLAPSE, 0)
-    if done < 0:
-        return 0, ctypes.get_errno()
-    # Short of all, the kernel tells no reason: the next call begins with the piece that it did not take.
-    return int(done) // HUGE, 0
+def _advise(pidfd: int, piece: int) -> int:
+    """Collapse one piece; return 0, or the errno."""
+    vector = _Iovec(piece, HUGE)
+    done = _syscall(_NR_PROCESS_MADVISE, pidfd, ctypes.addressof(vector), 1, _MADV_COLLAPSE, 0)
+    return ctypes.get_errno() if done < 0 else 0
 
 
 def _pieces(span: tuple[int, int]) -> Iterator[int]:

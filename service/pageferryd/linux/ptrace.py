@@ -22,6 +22,12 @@ from typing import Self, TypeVar
 from pageferry.errors import FerryError, Reason
 from pageferryd.linux.traceable import INSTRUCTION, find_instruction, refusal, status_fields
 
+# By the first letter of State in /proc/PID/status, proc_pid_status(5).
+_WHY_LATE = {
+    "D": "it waits in the kernel for something that signals do not interrupt",
+    "R": "it gets no processor, or is busy in the kernel",
+    "t": "it has stopped, which something else in this program that waits for its children has been told instead",
+}
 _T = TypeVar("_T")
 
 # linux/ptrace.h
@@ -205,8 +211,7 @@ class Tracee:
         except _LateError as error:
             raise FerryError(
                 Reason.VMM_FAILED,
-                f"the main thread of process {self.pid} did not stop within {_STOP_SECONDS:g} s: it waits in the "
-                "kernel for something that signals do not interrupt (state D)",
+                f"the main thread of process {self.pid} did not stop within {_STOP_SECONDS:g} s: {_seen(self.pid)}",
             ) from error
         self._request(_GETREGS, ctypes.byref(self._saved))
         if self._saved.cs != _CS_64:
@@ -358,3 +363,9 @@ class Tracee:
 def _checked(result: int) -> None:
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _seen(pid: int) -> str:
+    """Return the state of a thread that should have stopped, and what that means."""
+    state = status_fields(pid).get("State", "")
+    return f"{_WHY_LATE.get(state[:1], 'it is not known why')} (state {state or 'unknown'})"

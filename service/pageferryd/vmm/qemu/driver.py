@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pageferry import address as addresses
 from pageferry.errors import FerryError, Reason
@@ -13,15 +13,18 @@ from pageferryd.linux.unix_peer import listener_pid
 from pageferryd.linux.userfaultfd import find_userfaultfd
 from pageferryd.vmm.driver import Activity, Description, GuardedMemory, Memory, PrivatePages, Saved
 from pageferryd.vmm.qemu.attach import attach, detach
+from pageferryd.vmm.qemu.blobs import LeavingBlobs, WaitingBlobs
 from pageferryd.vmm.qemu.blocks import FoundBlocks, find_blocks
-from pageferryd.vmm.qemu.memory import layout_of, locations_of, paged, read_blobs, write_blobs
+from pageferryd.vmm.qemu.memory import layout_of, locations_of, paged
 from pageferryd.vmm.qemu.monitor import Monitor
 from pageferryd.vmm.qemu.movable import busy, obstacles, unfillable
 from pageferryd.vmm.qemu.package import Package, pack, unpack
 from pageferryd.vmm.qemu.state import (
     LoadPlan,
     SavePlan,
+    await_state,
     close_plan,
+    forget_way,
     load_state,
     machine_of,
     ready_to_load,
@@ -30,6 +33,7 @@ from pageferryd.vmm.qemu.state import (
 )
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
 
     from pageferry.v1 import vmm_pb2
@@ -43,6 +47,21 @@ _EXIT_SECONDS = 5.0
 _PAUSED = frozenset({"paused", "prelaunch", "postmigrate", "finish-migrate", "save-vm", "restore-vm", "suspended"})
 _IDLE_SECONDS = 5.0
 """How long the monitor, which serves one client at a time, is kept after the last call."""
+
+
+class _Leaving(NamedTuple):
+    """What was readied before the guest of a source stood still."""
+
+    plan: SavePlan
+    blobs: LeavingBlobs
+
+
+class _Waiting(NamedTuple):
+    """What was readied before there was a state to load, and where QEMU waits for that."""
+
+    plan: LoadPlan
+    blobs: WaitingBlobs
+    connection: socket.socket
 
 
 class QemuDriver:
@@ -60,8 +79,10 @@ class QemuDriver:
         self._pid = 0
         self._found = FoundBlocks([], [])
         self._remote: int | None = None
-        self._save: SavePlan | None = None
-        self._load: LoadPlan | None = None
+        self._leaving: _Leaving | None = None
+        self._waiting: _Waiting | None = None
+        self._stands = False
+        """Whether this driver itself has the guest stand, which need not be asked then."""
         self._closing: asyncio.Task[None] | None = None
 
     async def describe(self) -> Description:
@@ -93,28 +114,30 @@ class QemuDriver:
         if unfit:
             raise FerryError(Reason.VMM_MISMATCH, f"QEMU (process {self._pid}) cannot take a guest: {'; '.join(unfit)}")
         self._found = found
-        self._load = await ready_to_load(monitor)
+        plan = await ready_to_load(monitor)
         attached = await asyncio.to_thread(attach, self._pid, blocks)
         self._remote = attached.remote
         seat.take(GuardedMemory(attached.uffd, [block.host_address for block in blocks]))
+        self._waiting = await self._await_state(monitor, plan)
 
     async def pause(self) -> None:
-        """Stop the guest; once more does nothing."""
+        """Stop the guest, once all is done for which it need not stand; once more does nothing."""
         monitor = await self._open()
         await self._require(monitor, Activity.RUNNING, Activity.PAUSED)
-        if self._save is None:
-            self._save = await ready_to_save(monitor)
+        if self._leaving is None:
+            self._leaving = await self._ready_to_leave(monitor)
         await monitor.execute("stop")
+        self._stands = True
 
     async def save_state(self) -> Saved:
         """Save devices and firmware blobs; the guest's disks are free for the destination then."""
         monitor = await self._open()
-        await self._require(monitor, Activity.PAUSED)
-        plan = self._save = self._save or await ready_to_save(monitor)
-        state, blobs = await asyncio.gather(
-            save_state(monitor, plan), asyncio.to_thread(read_blobs, self._pid, self._found)
-        )
-        return Saved(pack(Package(state, blobs)))
+        if not self._stands:
+            await self._require(monitor, Activity.PAUSED)
+        plan, blobs = self._leaving = self._leaving or await self._ready_to_leave(monitor)
+        # QEMU saves while the blobs are compared.
+        state, content = await asyncio.gather(save_state(monitor, plan), asyncio.to_thread(blobs.as_they_are))
+        return Saved(pack(Package(state, content)))
 
     async def private_pages(self) -> PrivatePages:
         """None: QEMU's confidential guests are not moved."""
@@ -127,24 +150,32 @@ class QemuDriver:
     async def load_state(self, state: bytes) -> None:
         """Load the devices, which touches guest memory."""
         monitor = await self._open()
-        await self._require(monitor, Activity.INCOMING)
+        if self._waiting is None:
+            await self._require(monitor, Activity.INCOMING)
+            self._waiting = await self._await_state(monitor, await ready_to_load(monitor))
+        plan, blobs, connection = self._waiting
         package = unpack(state)
-        await asyncio.to_thread(write_blobs, self._pid, self._found, package.blobs)
-        await load_state(monitor, package.state, self._load or await ready_to_load(monitor), _LOAD_SECONDS)
+        blobs.become(package.blobs)
+        await load_state(monitor, package.state, plan, connection, _LOAD_SECONDS)
+        self._hang_up()
+        self._stands = True
 
     async def resume(self) -> None:
         """Let the guest run; its disks are locked by this."""
         monitor = await self._open()
-        await self._require(monitor, Activity.RUNNING, Activity.PAUSED)
+        if not self._stands:
+            await self._require(monitor, Activity.RUNNING, Activity.PAUSED)
+        self._stands = False
         await monitor.execute("cont")
         await self._require(monitor, Activity.RUNNING)
-        await self._forget_save(monitor)
+        await self._forget_leaving(monitor)
 
     async def detach_pager(self) -> None:
         """Close QEMU's own copy of the userfaultfd, which an earlier sidecar may have taken."""
+        monitor = await self._open()
+        await forget_way(monitor)
         remote, self._remote = self._remote, None
         if remote is None:
-            await self._open()
             remote = find_userfaultfd(self._pid)
         await asyncio.to_thread(detach, self._pid, remote)
         await self._let_go()
@@ -165,6 +196,7 @@ class QemuDriver:
             except FerryError:
                 # It may end before it answers, or be past answering.
                 pass
+            self._hang_up()
             await self._let_go()
             if not await asyncio.to_thread(process.wait, _EXIT_SECONDS):
                 process.send_signal(signal.SIGKILL)
@@ -172,7 +204,8 @@ class QemuDriver:
                     raise FerryError(Reason.VMM_FAILED, f"QEMU (process {pid}) was killed, and has not ended")
 
     async def close(self) -> None:
-        """Let the monitor go."""
+        """Let the monitor go. A QEMU that waits for a state waits on, and gets none any more."""
+        self._hang_up()
         await self._let_go()
 
     async def _open(self) -> Monitor:
@@ -192,8 +225,8 @@ class QemuDriver:
         self._idle = asyncio.get_running_loop().call_later(_IDLE_SECONDS, self._is_idle)
 
     def _is_idle(self) -> None:
-        if self._save is not None:
-            # A guest that stands still, and may have to go on here.
+        if self._leaving is not None or self._waiting is not None:
+            # A guest that stands still, or is about to come.
             self._stay()
         elif self._monitor is not None:
             monitor, self._monitor = self._monitor, None
@@ -203,14 +236,33 @@ class QemuDriver:
         if self._idle is not None:
             self._idle.cancel()
         monitor, self._monitor = self._monitor, None
+        self._stands = False
         if monitor is not None:
-            await self._forget_save(monitor)
+            await self._forget_leaving(monitor)
             await monitor.close()
 
-    async def _forget_save(self, monitor: Monitor) -> None:
-        plan, self._save = self._save, None
-        if plan is not None:
+    async def _ready_to_leave(self, monitor: Monitor) -> _Leaving:
+        plan = await ready_to_save(monitor)
+        try:
+            return _Leaving(plan, await asyncio.to_thread(LeavingBlobs, self._pid, self._found))
+        except BaseException:
             await close_plan(monitor, plan)
+            raise
+
+    async def _forget_leaving(self, monitor: Monitor) -> None:
+        leaving, self._leaving = self._leaving, None
+        if leaving is not None:
+            await close_plan(monitor, leaving.plan)
+
+    async def _await_state(self, monitor: Monitor, plan: LoadPlan) -> _Waiting:
+        blobs = await asyncio.to_thread(WaitingBlobs, self._pid, self._found)
+        return _Waiting(plan, blobs, await await_state(monitor, plan))
+
+    def _hang_up(self) -> None:
+        """Close our end of the way to a state."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.connection.close()
 
     async def _activity(self, monitor: Monitor) -> Activity:
         answer = await monitor.execute("query-status")

@@ -32,6 +32,7 @@ _DIGEST_BYTES = len(hashlib.sha256(b"").hexdigest())
 _TAIL_BYTES = _SECTION.size + len('{"sha256":""}') + _DIGEST_BYTES
 _MAX_NAME = 255
 _FD_NAME = "pageferry-state"
+_KEPT_NAME = "pageferry-state-way"
 _RECEIVES_ERRORS = (9, 1)
 _ON = ("late-block-activate", "events")
 
@@ -46,10 +47,14 @@ async def machine_of(monitor: Monitor) -> str:
 
 
 class SavePlan(NamedTuple):
-    """What a QEMU was given and told before its guest stood still: a file in memory, and that file's number there."""
+    """What a QEMU was given and told before its guest stood still: a file in memory, and that file's number there.
+
+    `written` is the open file that QEMU has of it, whose position both share.
+    """
 
     machine: str
     memory: int
+    written: int
     fdset: int
 
 
@@ -60,22 +65,24 @@ async def ready_to_save(monitor: Monitor) -> SavePlan:
             Reason.VMM_FAILED, f"QEMU at {monitor.path} does not know {_SAVE}; use one with all commands of migration"
         )
     machine = await machine_of(monitor)
-    memory = os.memfd_create("pageferry-state", os.MFD_CLOEXEC)
-    try:
-        return SavePlan(machine, memory, await _give(monitor, memory))
-    except BaseException:
-        os.close(memory)
-        raise
+    with contextlib.ExitStack() as undo:
+        memory = os.memfd_create("pageferry-state", os.MFD_CLOEXEC)
+        undo.callback(os.close, memory)
+        # QEMU takes a descriptor from a set only for the same access as it asks for: writing alone.
+        written = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
+        undo.callback(os.close, written)
+        plan = SavePlan(machine, memory, written, await _give(monitor, written))
+        undo.pop_all()
+    return plan
 
 
 async def save_state(monitor: Monitor, plan: SavePlan) -> bytes:
-    """Return the device state of a stopped guest, as `load_state` takes it, through memory: no disk is written.
+    """Return the device state of a guest that stands, as `load_state` takes it, through memory: no disk is written.
 
-    The guest's disks are let go, so that the destination can lock them; `cont` takes them back. FerryError: VMM_FAILED
-    where the guest runs, QEMU cannot save, or the state is above MAX_STATE_BYTES, and what the monitor raises.
+    That it stands is the caller's to know. Its disks are let go, so that the destination can lock them; `cont` takes
+    them back. FerryError: VMM_FAILED where QEMU cannot save, or the state is above MAX_STATE_BYTES, and what the
+    monitor raises.
     """
-    if _member(await monitor.execute("query-status"), "running") is not False:
-        raise FerryError(Reason.VMM_FAILED, f"the guest of QEMU at {monitor.path} runs: stop it before it is saved")
     # `live` makes QEMU let go of the disks of a guest that is stopped (bdrv_inactivate_all).
     await monitor.execute(_SAVE, {"filename": f"/dev/fdset/{plan.fdset}", "live": True}, _SAVE_SECONDS)
     size = os.fstat(plan.memory).st_size
@@ -88,12 +95,14 @@ async def save_state(monitor: Monitor, plan: SavePlan) -> bytes:
     saved = os.pread(plan.memory, size, 0)
     # A stopped QEMU keeps its descriptor for a while yet (monitor_fdset_cleanup there), but nothing in it.
     os.ftruncate(plan.memory, 0)
+    os.lseek(plan.written, 0, os.SEEK_SET)
     return _complete(saved, plan.machine)
 
 
 async def close_plan(monitor: Monitor, plan: SavePlan) -> None:
     """Take back what QEMU was given, if it is still there."""
     os.close(plan.memory)
+    os.close(plan.written)
     with contextlib.suppress(FerryError):
         await monitor.execute("remove-fd", {"fdset-id": plan.fdset})
 
@@ -122,34 +131,66 @@ async def ready_to_load(monitor: Monitor) -> LoadPlan:
     return LoadPlan(await machine_of(monitor), arguments)
 
 
-async def load_state(monitor: Monitor, state: bytes, plan: LoadPlan, seconds: float) -> None:
-    """Load a device state into a QEMU that was started with `-incoming defer`; the guest is paused afterwards.
+async def await_state(monitor: Monitor, plan: LoadPlan) -> socket.socket:
+    """Have QEMU wait for its one state at a socket, and return our end; before that comes QEMU looks at no memory.
 
-    The load reads guest RAM, so faults must be served meanwhile. Disks are not locked before `cont`. FerryError:
-    VMM_FAILED (the state is damaged, or of another machine, or QEMU does not take it), VMM_GONE (QEMU ended, as it does
-    before 9.1 when it does not take a state), and what the monitor raises.
+    QEMU keeps our end as well, so that it waits on when this process ends; `forget_way` must follow once it has the
+    state. FerryError as in `load_state`.
     """
-    _check(state, plan.machine)
-    ours, theirs = socket.socketpair()
-    with ours:
+    with contextlib.ExitStack() as undo:
+        ours, theirs = socket.socketpair()
+        undo.callback(ours.close)
         with theirs:
             await monitor.send_fd(_FD_NAME, theirs.fileno())
+        await monitor.execute("migrate-incoming", plan.arguments)
+        # Hung up on without a state, it would have failed, and before 9.1 end.
+        await monitor.send_fd(_KEPT_NAME, ours.fileno())
         ours.setblocking(False)
-        writing = asyncio.create_task(_write(ours, state))
-        try:
-            await _receive(monitor, plan.arguments, seconds)
-        finally:
-            writing.cancel()
-            await asyncio.wait([writing])
+        undo.pop_all()
+    return ours
 
 
-async def _give(monitor: Monitor, memory: int) -> int:
-    # QEMU takes a descriptor from a set only for the same access as it asks for: writing alone.
-    to_write = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
+async def load_state(monitor: Monitor, state: bytes, plan: LoadPlan, connection: socket.socket, seconds: float) -> None:
+    """Load a device state into a QEMU that waits at `connection` for it; the guest is paused afterwards.
+
+    The load reads guest RAM, so faults must be served meanwhile. Disks are not locked before `cont`. What is no whole
+    state of such a machine is refused before QEMU sees it. FerryError: VMM_FAILED (the state is damaged, or of another
+    machine, or QEMU does not take it), VMM_GONE (QEMU ended, as it does before 9.1 when it does not take a state), and
+    what the monitor raises.
+    """
+    _check(state, plan.machine)
     try:
-        given = await monitor.execute_with_fd(to_write, "add-fd")
-    finally:
-        os.close(to_write)
+        with monitor.events("MIGRATION") as events:
+            async with asyncio.timeout(seconds):
+                whole = await _write(connection, state)
+                failed = not whole and await _has_failed(monitor)
+                status = "failed" if failed else await _outcome(monitor, events, seconds)
+        if status == "completed":
+            return
+        why = _member(await monitor.execute("query-migrate"), "error-desc")
+    except TimeoutError as error:
+        raise FerryError(
+            Reason.VMM_UNREACHABLE, f"QEMU at {monitor.path} has not loaded its state within {seconds:g} s"
+        ) from error
+    except FerryError as error:
+        if not monitor.is_closed:
+            raise
+        raise FerryError(
+            Reason.VMM_GONE, f"QEMU at {monitor.path} ended as it loaded its state; its standard error says why"
+        ) from error
+    raise FerryError(
+        Reason.VMM_FAILED, f"QEMU at {monitor.path} does not take the state: {why or 'it does not say why'}"
+    )
+
+
+async def forget_way(monitor: Monitor) -> None:
+    """Have QEMU close its copy of our end of the way to its state, if it is still there."""
+    with contextlib.suppress(FerryError):
+        await monitor.execute("closefd", {"fdname": _KEPT_NAME})
+
+
+async def _give(monitor: Monitor, file: int) -> int:
+    given = await monitor.execute_with_fd(file, "add-fd")
     number = given.get("fdset-id") if isinstance(given, dict) else None
     if not isinstance(number, int):
         raise FerryError(Reason.VMM_FAILED, f"QEMU at {monitor.path} takes a file descriptor and does not say where")
@@ -200,36 +241,19 @@ async def _version(monitor: Monitor) -> tuple[int, int]:
         raise FerryError(Reason.VMM_FAILED, f"QEMU at {monitor.path} does not tell its version") from error
 
 
-async def _write(ours: socket.socket, state: bytes) -> None:
-    """Write the state. Where QEMU does not read it to its end, its own verdict tells why."""
-    with contextlib.suppress(OSError):
-        await asyncio.get_running_loop().sock_sendall(ours, state)
-        ours.shutdown(socket.SHUT_WR)
-
-
-async def _receive(monitor: Monitor, arguments: dict[str, object], seconds: float) -> None:
-    """Have QEMU load what comes, and wait until it has."""
+async def _write(connection: socket.socket, state: bytes) -> bool:
+    """Write the state; return whether QEMU has not hung up before its end, for which it has a reason of its own."""
     try:
-        with monitor.events("MIGRATION") as events:
-            await monitor.execute("migrate-incoming", arguments)
-            async with asyncio.timeout(seconds):
-                status = await _outcome(monitor, events, seconds)
-        if status == "completed":
-            return
-        why = _member(await monitor.execute("query-migrate"), "error-desc")
-    except TimeoutError as error:
-        raise FerryError(
-            Reason.VMM_UNREACHABLE, f"QEMU at {monitor.path} has not loaded its state within {seconds:g} s"
-        ) from error
-    except FerryError as error:
-        if not monitor.is_closed:
-            raise
-        raise FerryError(
-            Reason.VMM_GONE, f"QEMU at {monitor.path} ended as it loaded its state; its standard error says why"
-        ) from error
-    raise FerryError(
-        Reason.VMM_FAILED, f"QEMU at {monitor.path} does not take the state: {why or 'it does not say why'}"
-    )
+        await asyncio.get_running_loop().sock_sendall(connection, state)
+        connection.shutdown(socket.SHUT_WR)
+    except OSError:
+        return False
+    return True
+
+
+async def _has_failed(monitor: Monitor) -> bool:
+    """Say whether QEMU has given up, perhaps before anybody listened for that."""
+    return bool(_member(await monitor.execute("query-migrate"), "status") == "failed")
 
 
 async def _outcome(monitor: Monitor, events: Events, seconds: float) -> str:
