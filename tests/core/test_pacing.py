@@ -87,20 +87,37 @@ TestBounds = Bounds.TestCase
 TestBounds.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 
 
-def test_a_fault_halves_the_window_and_quiet_lets_it_grow_back() -> None:
+def with_slow_faults(options: PacingOptions) -> Pacer:
+    """A pacer whose guest has waited longer than it should, for a while; its window is all there again."""
+    pacer = Pacer(options, 0.0)
+    for _ in range(16):
+        pacer.fault_ended(4 * options.objective)
+    for _ in range(options.max_window // GROWTH):
+        pacer.arrived(256 * KIB, waiting=0)
+    assert pacer.window == options.max_window
+    return pacer
+
+
+def test_push_goes_on_beside_faults_that_are_quick() -> None:
     pacer = Pacer(PacingOptions(), 0.0)
+    for number in range(100):
+        pacer.fault_raised(1.0 + number)
+        assert pacer.credit(0, 1, 1.0 + number) > 0
+        pacer.fault_ended(0.0009)
+    assert pacer.window == PacingOptions().max_window
+
+
+def test_where_faults_are_slow_each_halves_the_window_and_quiet_lets_it_grow_back() -> None:
+    pacer = with_slow_faults(PacingOptions())
     pacer.fault_raised(1.0)
     assert pacer.window == PacingOptions().max_window // 2
     pacer.arrived(256 * KIB, waiting=1)
     assert pacer.window == PacingOptions().max_window // 2
     pacer.arrived(256 * KIB, waiting=0)
     assert pacer.window == PacingOptions().max_window // 2 + GROWTH
-    for _ in range(PacingOptions().max_window // 2 // GROWTH):
-        pacer.arrived(256 * KIB, waiting=0)
-    assert pacer.window == PacingOptions().max_window
 
 
-def test_a_fault_slower_than_the_objective_halves_the_window_once_more() -> None:
+def test_a_fault_slower_than_the_objective_halves_the_window_at_once() -> None:
     pacer = Pacer(PacingOptions(objective=0.001), 0.0)
     pacer.fault_ended(0.0009)
     assert pacer.window == PacingOptions().max_window
@@ -108,8 +125,25 @@ def test_a_fault_slower_than_the_objective_halves_the_window_once_more() -> None
     assert pacer.window == PacingOptions().max_window // 2
 
 
+def test_one_slow_fault_among_quick_ones_holds_nothing_back() -> None:
+    pacer = Pacer(PacingOptions(), 0.0)
+    pacer.fault_ended(3600.0)
+    pacer.fault_raised(1.0)
+    assert pacer.credit(0, 1, 1.0) > 0
+
+
+def test_slow_faults_hold_push_back_until_they_are_quick_again() -> None:
+    pacer = with_slow_faults(PacingOptions())
+    pacer.fault_raised(1.0)
+    assert pacer.credit(0, 1, 1.0) == 0
+    for _ in range(64):
+        pacer.fault_ended(0.0001)
+    pacer.fault_raised(2.0)
+    assert pacer.credit(0, 1, 2.0) > 0
+
+
 def test_waiting_faults_hold_push_back_but_never_longer_than_the_longest_hold() -> None:
-    pacer = Pacer(PacingOptions(max_hold=0.001), 0.0)
+    pacer = with_slow_faults(PacingOptions(max_hold=0.001))
     pacer.fault_raised(1.0)
     assert pacer.credit(0, 1, 1.0) == 0
     assert pacer.credit(0, 1, 1.0005) == 0

@@ -1,8 +1,10 @@
 """Pacing: how much the push lane may have under way.
 
-Push yields to demand. A fault halves the push window and holds new requests back while it waits, but never longer than
-`max_hold`, so that a guest that faults without a pause still gets its memory. Quiet lets the window grow back. A fault
-slower than the objective halves the window once more.
+Push yields to demand as far as demand suffers from it: a guest that touches memory at random waits about as long as the
+push takes, and holding that back for each of its faults makes it wait longer. A fault slower than the objective halves
+the push window. While faults are slow on average, each new one does so as well, and holds new requests back while it
+waits, but never longer than `max_hold`, so that a guest that faults without a pause still gets its memory. The window
+grows back while faults are quick, or there are none.
 """
 
 from __future__ import annotations
@@ -13,7 +15,11 @@ from pageferryd.core.layout import PAGE_SIZE
 
 MIN_WINDOW = 64 << 10
 GROWTH = 16 << 10
-"""Most bytes that the window grows by with one message: a guest that faults every other moment keeps it small."""
+"""Most bytes that the window grows by with one message."""
+_REMEMBERED = 16
+"""Faults over which latency is averaged, as a moving average does."""
+_WORST = 4.0
+"""Times the objective that one fault counts at most: a single one that waited for something else proves nothing."""
 
 
 @dataclass(slots=True)
@@ -42,6 +48,7 @@ class Pacer:
         self.window = options.max_window
         self.held_seconds = 0.0
         """How long push was held back for waiting faults or by the rate limit."""
+        self._latency = 0.0
         self._held_since: float | None = None
         self._faulted_at = float("-inf")
         self._budget = 0.0
@@ -58,7 +65,9 @@ class Pacer:
         return min(MIN_WINDOW, self.options.max_window)
 
     def fault_raised(self, now: float) -> None:
-        """A fault begins to wait: shrink, and hold new requests back from now on."""
+        """A fault begins to wait: where faults are slow, shrink, and hold new requests back from now on."""
+        if not self._slow:
+            return
         self._shrink()
         # Only the first of a burst starts the hold: later ones must not make it longer.
         if now - self._faulted_at > 2 * self.options.max_hold:
@@ -66,15 +75,21 @@ class Pacer:
 
     def fault_ended(self, latency: float) -> None:
         """A fault was answered after `latency` seconds."""
-        if latency > self.options.objective:
+        objective = self.options.objective
+        self._latency += (min(latency, _WORST * objective) - self._latency) / _REMEMBERED
+        if latency > objective:
             self._shrink()
+
+    @property
+    def _slow(self) -> bool:
+        return self._latency > self.options.objective
 
     def _shrink(self) -> None:
         self.window = max(self._least, self.window // 2)
 
     def arrived(self, size: int, waiting: int) -> None:
-        """Bytes of push came in; grow when no fault waits."""
-        if not waiting:
+        """Bytes of push came in; grow unless somebody waits while faults are slow."""
+        if not (waiting and self._slow):
             self.window = min(self.options.max_window, self.window + min(size // 4, GROWTH))
 
     def credit(self, under_way: int, waiting: int, now: float) -> int:
