@@ -17,7 +17,8 @@ from pageferryd.core.errors import PageRangeError
 from pageferryd.core.layout import Layout, Region
 from pageferryd.core.runs import POISONED, RAW, Run
 from pageferryd.core.runs import ZERO as ZERO_RUN
-from pageferryd.source import holes, mappings, readers
+from pageferryd.linux import holes
+from pageferryd.source import mappings, readers
 from pageferryd.source.memory import LARGEST_READ, MOST_RUNS, SourceMemory
 
 pytestmark = pytest.mark.root

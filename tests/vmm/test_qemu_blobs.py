@@ -7,14 +7,12 @@ import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
 from pageferry.errors import FerryError, Reason
 from pageferryd.core.layout import PAGE_SIZE
-from pageferryd.linux.holes import ProcessPages
 from pageferryd.vmm.qemu.blobs import LeavingBlobs, WaitingBlobs, is_blob
 from pageferryd.vmm.qemu.blocks import FoundBlocks, RamBlock
 from pageferryd.vmm.qemu.package import unpack_blob
@@ -124,35 +122,12 @@ def test_a_blob_of_another_size_or_that_was_damaged_is_refused(source: Blob, wai
     assert not any(waiting.memory[:])
 
 
-def test_a_process_that_is_gone_is_an_error(source: Blob) -> None:
+def test_a_process_that_is_gone_and_memory_that_is_not_there_are_errors(source: Blob) -> None:
     child = os.posix_spawn("/bin/true", ["true"], {})
     os.waitpid(child, 0)
-    for kind in (LeavingBlobs, WaitingBlobs):
-        with pytest.raises(FerryError) as refused:
-            kind(child, source.found)
-        assert refused.value.reason is Reason.VMM_GONE
-
-
-@pytest.mark.parametrize("kind", [LeavingBlobs, WaitingBlobs])
-def test_memory_that_is_not_there_is_an_error(source: Blob, kind: type[LeavingBlobs | WaitingBlobs]) -> None:
-    block = replace(source.found.located[0], host_address=PAGE_SIZE, is_anonymous=False)
-    with pytest.raises(FerryError, match="cannot be reached") as refused:
-        kind(os.getpid(), FoundBlocks([block], []))
-    assert refused.value.reason is Reason.VMM_GONE
-
-
-def test_what_was_never_filled_stays_so(source: Blob) -> None:
-    source.memory[3 * PAGE_SIZE] = 1
-    LeavingBlobs(os.getpid(), source.found).as_they_are()
-    with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
-        start = source.found.located[0].host_address
-        filled = ProcessPages(pagemap.fileno()).extents(start, PAGES * PAGE_SIZE).data
-    assert filled == [(start + 3 * PAGE_SIZE, start + 4 * PAGE_SIZE)]
-
-
-def test_a_page_that_is_emptied_crosses_as_zeroes(source: Blob, waiting: Blob) -> None:
-    source.memory[: 2 * PAGE_SIZE] = waiting.memory[: 2 * PAGE_SIZE] = b"x" * 2 * PAGE_SIZE
-    leaving, coming = LeavingBlobs(os.getpid(), source.found), WaitingBlobs(os.getpid(), waiting.found)
-    source.memory.madvise(mmap.MADV_DONTNEED, PAGE_SIZE, PAGE_SIZE)
-    coming.become(leaving.as_they_are())
-    assert waiting.memory[:] == b"x" * PAGE_SIZE + bytes((PAGES - 1) * PAGE_SIZE)
+    nothing = FoundBlocks([replace(source.found.located[0], host_address=PAGE_SIZE)], [])
+    for pid, found in ((child, source.found), (os.getpid(), nothing)):
+        for kind in (LeavingBlobs, WaitingBlobs):
+            with pytest.raises(FerryError) as refused:
+                kind(pid, found)
+            assert refused.value.reason is Reason.VMM_GONE

@@ -11,7 +11,6 @@ import structlog
 
 from pageferry.errors import FerryError, Reason
 from pageferryd.core.layout import PAGE_SIZE
-from pageferryd.linux.holes import ProcessPages
 from pageferryd.vmm.qemu.package import (
     MAX_BLOB_BYTES,
     MAX_BLOBS,
@@ -42,10 +41,9 @@ def is_blob(name: str) -> bool:
 
 @dataclass
 class _Leaving:
-    """A blob at its source: which pages it had, what was in them, and room to read what is in them now."""
+    """A blob at its source: what it was, and room to read what it has become."""
 
     block: RamBlock
-    pages: list[tuple[int, int]]
     seen: bytearray
     now: bytearray
     packed: Blob
@@ -57,31 +55,24 @@ class LeavingBlobs:
     def __init__(self, pid: int, found: FoundBlocks) -> None:
         """Read and pack them; some ms."""
         self._pid = pid
+        self._all: list[_Leaving] = []
         blocks = [block for block in found.located if is_blob(block.name) and block.size <= MAX_BLOB_BYTES]
-        with _Memory(pid, os.O_RDONLY) as memory, _Pages(pid) as pages:
-            self._all = [_look(memory, block, pages.of(block)) for block in blocks[:MAX_BLOBS]]
+        with _Memory(pid, os.O_RDONLY) as memory:
+            for block in blocks[:MAX_BLOBS]:
+                seen = bytearray(block.size)
+                memory.read(block, seen)
+                # The copy has its pages in place: to fill it again costs no page faults.
+                self._all.append(_Leaving(block, seen, bytearray(seen), pack_blob(seen)))
 
     def as_they_are(self) -> dict[str, Blob]:
         """Return them as they are now; only what has changed, rare as it is, is packed again."""
-        with _Memory(self._pid, os.O_RDONLY) as memory, _Pages(self._pid) as pages:
-            for number, one in enumerate(self._all):
-                found = pages.of(one.block)
-                if found == one.pages:
-                    memory.read(found, one.now)
-                if found != one.pages or one.now != one.seen:
-                    self._all[number] = _look(memory, one.block, found)
+        with _Memory(self._pid, os.O_RDONLY) as memory:
+            for one in self._all:
+                memory.read(one.block, one.now)
+                if one.now != one.seen:
+                    one.seen, one.now = one.now, one.seen
+                    one.packed = pack_blob(one.seen)
         return {one.block.name: one.packed for one in self._all}
-
-
-def _look(memory: _Memory, block: RamBlock, pages: list[tuple[int, int]]) -> _Leaving:
-    seen = bytearray(sum(end - start for start, end in pages))
-    memory.read(pages, seen)
-    content, at = bytearray(block.size), 0
-    for start, end in pages:
-        content[start - block.host_address : end - block.host_address] = seen[at : at + end - start]
-        at += end - start
-    # The copy has its memory in place: to fill it again costs no page faults.
-    return _Leaving(block, pages, seen, bytearray(seen), pack_blob(content))
 
 
 class WaitingBlobs:
@@ -96,7 +87,7 @@ class WaitingBlobs:
         with _Memory(pid, os.O_RDONLY) as memory:
             for name, block in self._blocks.items():
                 content = bytearray(block.size)
-                memory.read([_span(block)], content)
+                memory.read(block, content)
                 self._keep(name, without_zeroes(content))
 
     def become(self, blobs: Mapping[str, Blob]) -> None:
@@ -144,18 +135,13 @@ class _Memory:
         except OSError as error:
             raise self._unreachable(error.strerror) from error
 
-    def read(self, spans: list[tuple[int, int]], into: bytearray) -> None:
-        """Read spans of addresses, one behind the other."""
-        at = 0
-        with memoryview(into) as room:
-            for start, end in spans:
-                try:
-                    done = os.preadv(self._fd, [room[at : at + end - start]], start)
-                except OSError as error:
-                    raise self._unreachable(error.strerror) from error
-                if done != end - start:
-                    raise self._unreachable(f"{done} of {end - start} bytes at {start:#x} can be read")
-                at += done
+    def read(self, block: RamBlock, into: bytearray) -> None:
+        try:
+            done = os.preadv(self._fd, [into], block.host_address)
+        except OSError as error:
+            raise self._unreachable(error.strerror) from error
+        if done != len(into):
+            raise self._unreachable(f"{done} of {len(into)} bytes of {block.name} can be read")
 
     def write(self, address: int, data: bytes) -> None:
         try:
@@ -173,37 +159,3 @@ class _Memory:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
-
-
-class _Pages:
-    """Which pages of a process hold anything, as far as that can be told; a context manager. FerryError(VMM_GONE).
-
-    What was never filled is not read: that would cost as much, and fill it.
-    """
-
-    def __init__(self, pid: int) -> None:
-        try:
-            self._fd = os.open(Path(f"/proc/{pid}/pagemap"), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise FerryError(
-                Reason.VMM_GONE, f"the memory of QEMU (process {pid}) cannot be looked at: {error.strerror}"
-            ) from error
-        self._pages = ProcessPages(self._fd)
-
-    def of(self, block: RamBlock) -> list[tuple[int, int]]:
-        start, end = _span(block)
-        if not block.is_anonymous:
-            return [(start, end)]
-        found = self._pages.extents(start, end - start)
-        # Behind very many of them, all else.
-        return found.data if found.end == end else [*found.data, (found.end, end)]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-
-def _span(block: RamBlock) -> tuple[int, int]:
-    return block.host_address, block.host_address + block.size
