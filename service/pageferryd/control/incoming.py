@@ -94,6 +94,10 @@ class Incoming:
             try:
                 async with asyncio.timeout(self._limits.handover_timeout):
                     await self._load(request)
+            except FerryError:
+                # What ended it meanwhile says more than what that did to the load.
+                self._refuse_ended()
+                raise
             except TimeoutError as error:
                 raise FerryError(
                     Reason.VMM_UNREACHABLE,

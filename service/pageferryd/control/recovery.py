@@ -60,12 +60,17 @@ async def _give_up(arriving: Arriving, around: Surroundings) -> None:
     prepare = arriving.prepare
     try:
         guest = await _claim(arriving, around)
+    except FerryError as error:
+        _log.warning("vmm_not_killed", migration=prepare.migration_id, detail=error.message)
+        return
+    try:
         found = await guest.driver.describe()
         if found.pid == arriving.pid and found.activity is not Activity.RUNNING:
             await guest.driver.kill()
-        await around.guests.forget(guest)
     except FerryError as error:
         _log.warning("vmm_not_killed", migration=prepare.migration_id, detail=error.message)
+    guest.migration_id = None
+    await around.guests.forget(guest)
     around.journal.ended(prepare.migration_id)
     _log.info("migration_given_up", migration=prepare.migration_id, guest=prepare.guest_id)
 

@@ -63,6 +63,8 @@ class LeavingBlobs:
                 memory.read(block, seen)
                 # The copy has its pages in place: to fill it again costs no page faults.
                 self._all.append(_Leaving(block, seen, bytearray(seen), pack_blob(seen)))
+        self.size = sum(one.block.size for one in self._all)
+        """In bytes."""
 
     def as_they_are(self) -> dict[str, Blob]:
         """Return them as they are now; only what has changed, rare as it is, is packed again."""
@@ -82,6 +84,8 @@ class WaitingBlobs:
         """Read them. FerryError(VMM_GONE)."""
         self._pid = pid
         self._blocks = {block.name: block for block in found.located if is_blob(block.name)}
+        self.size = sum(block.size for block in self._blocks.values())
+        """In bytes."""
         self._filled: dict[str, bytes] = {}
         self._digests: dict[str, bytes] = {}
         with _Memory(pid, os.O_RDONLY) as memory:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from pageferry import address as addresses
 from pageferry.errors import FerryError, Reason
@@ -34,7 +35,7 @@ from pageferryd.vmm.qemu.state import (
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pageferry.v1 import vmm_pb2
     from pageferryd.vmm.driver import PagerSeat
@@ -45,8 +46,13 @@ _LOAD_SECONDS = 60.0
 _EXIT_SECONDS = 5.0
 # RunState of qapi/run-state.json, where the guest stands and may go on.
 _PAUSED = frozenset({"paused", "prelaunch", "postmigrate", "finish-migrate", "save-vm", "restore-vm", "suspended"})
+_SHORT_BYTES = 8 << 20
+"""Of blobs, that are compared in less time than a hop to another thread and back may take."""
 _IDLE_SECONDS = 5.0
 """How long the monitor, which serves one client at a time, is kept after the last call."""
+
+
+_T = TypeVar("_T")
 
 
 class _Leaving(NamedTuple):
@@ -135,9 +141,8 @@ class QemuDriver:
         if not self._stands:
             await self._require(monitor, Activity.PAUSED)
         plan, blobs = self._leaving = self._leaving or await self._ready_to_leave(monitor)
-        # QEMU saves while the blobs are compared.
-        state, content = await asyncio.gather(save_state(monitor, plan), asyncio.to_thread(blobs.as_they_are))
-        return Saved(pack(Package(state, content)))
+        content = await _soon(blobs.size, blobs.as_they_are)
+        return Saved(pack(Package(await save_state(monitor, plan), content)))
 
     async def private_pages(self) -> PrivatePages:
         """None: QEMU's confidential guests are not moved."""
@@ -155,7 +160,7 @@ class QemuDriver:
             self._waiting = await self._await_state(monitor, await ready_to_load(monitor))
         plan, blobs, connection = self._waiting
         package = unpack(state)
-        blobs.become(package.blobs)
+        await _soon(blobs.size, partial(blobs.become, package.blobs))
         await load_state(monitor, package.state, plan, connection, _LOAD_SECONDS)
         self._hang_up()
         self._stands = True
@@ -285,3 +290,8 @@ class QemuDriver:
                 f"QEMU at {self._path} is {found.value}; this needs one that is "
                 f"{' or '.join(one.value for one in allowed)}",
             )
+
+
+async def _soon(size: int, work: Callable[[], _T]) -> _T:
+    """Do some work on so many bytes while the guest stands."""
+    return work() if size <= _SHORT_BYTES else await asyncio.to_thread(work)
