@@ -88,6 +88,9 @@ class StandInVmm:
     async def _hand_over(self, seat: PagerSeat) -> None:
         self.link = await asyncio.to_thread(PagerLink.open, seat.socket_path, self.memory)
 
+    async def ready_to_pause(self) -> None:
+        assert self.activity is Activity.RUNNING
+
     async def pause(self) -> None:
         await self._do("pause")
         self.activity = Activity.PAUSED

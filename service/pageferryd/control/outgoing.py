@@ -148,6 +148,7 @@ class Outgoing:
             # They were changed meanwhile.
             self._announced = record.limits
             await self._peer().limit(record.limits)
+        await guest.driver.ready_to_pause()
 
     def _offer(self, memory: Memory) -> Served:
         """Offer the memory to the destination; it is not read yet."""

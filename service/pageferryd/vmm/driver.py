@@ -143,6 +143,9 @@ class VmmDriver(Protocol):
     async def attach_pager(self, seat: PagerSeat) -> None:
         """Ready an incoming VMM: unless its memory comes with the state, have that handed over, or take it."""
 
+    async def ready_to_pause(self) -> None:
+        """Do all of a pause and a save for which the guest need not stand still."""
+
     async def pause(self) -> None:
         """Stop the guest; its memory does not change any more."""
 

@@ -81,6 +81,9 @@ class VmmServiceDriver:
         )
         await self._call(self._stub.AttachPager, request, _STATE_SECONDS)
 
+    async def ready_to_pause(self) -> None:
+        """Nothing can be done before."""
+
     async def pause(self) -> None:
         """Stop the guest."""
         await self._call(self._stub.Pause, vmm_pb2.PauseRequest(), _STATE_SECONDS)

@@ -56,6 +56,9 @@ class CloudHypervisorDriver:
         """Remember who will fill the memory: the VMM gets it with the state."""
         self._seat = seat
 
+    async def ready_to_pause(self) -> None:
+        """Nothing can be done before."""
+
     async def pause(self) -> None:
         """Stop the guest."""
         await self._bring(PAUSED, self._api.pause, 0.0)

@@ -81,6 +81,9 @@ class FirecrackerDriver:
         await self._require("take a guest in", Activity.INCOMING)
         self._seat = seat
 
+    async def ready_to_pause(self) -> None:
+        """Nothing can be done before."""
+
     async def pause(self) -> None:
         """Stop the guest."""
         await self._require("be paused", Activity.RUNNING, Activity.PAUSED)

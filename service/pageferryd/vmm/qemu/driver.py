@@ -126,12 +126,18 @@ class QemuDriver:
         seat.take(GuardedMemory(attached.uffd, [block.host_address for block in blocks]))
         self._waiting = await self._await_state(monitor, plan)
 
-    async def pause(self) -> None:
-        """Stop the guest, once all is done for which it need not stand; once more does nothing."""
+    async def ready_to_pause(self) -> None:
+        """Give QEMU the file for its state, and read the blobs."""
         monitor = await self._open()
         await self._require(monitor, Activity.RUNNING, Activity.PAUSED)
         if self._leaving is None:
             self._leaving = await self._ready_to_leave(monitor)
+
+    async def pause(self) -> None:
+        """Stop the guest; once more does nothing."""
+        if self._leaving is None:
+            await self.ready_to_pause()
+        monitor = await self._open()
         await monitor.execute("stop")
         self._stands = True
 
@@ -230,12 +236,11 @@ class QemuDriver:
         self._idle = asyncio.get_running_loop().call_later(_IDLE_SECONDS, self._is_idle)
 
     def _is_idle(self) -> None:
-        if self._leaving is not None or self._waiting is not None:
+        if self._stands or self._waiting is not None:
             # A guest that stands still, or is about to come.
             self._stay()
         elif self._monitor is not None:
-            monitor, self._monitor = self._monitor, None
-            self._closing = asyncio.create_task(monitor.close())
+            self._closing = asyncio.create_task(self._let_go())
 
     async def _let_go(self) -> None:
         if self._idle is not None:
