@@ -38,7 +38,9 @@ _log = structlog.get_logger(__name__)
 _STAGE = 16 << 10
 """Bytes that are received together with the head of a frame: all of the answer to a fault."""
 MAX_UNREAD = 64
-"""Messages that wait to be taken before the source is read no further."""
+"""Answers of the demand lane that wait to be taken before the source is read no further."""
+MAX_UNREAD_PUSH = 1
+"""The same of the push lane: what is read in one go keeps a fault's answer waiting."""
 _LANE_SECONDS = 2.0
 """How long the sockets may take before gRPC is used instead."""
 
@@ -46,8 +48,9 @@ _LANE_SECONDS = 2.0
 class _Lane(asyncio.BufferedProtocol):
     """One connection, seen from the destination."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, max_unread: int) -> None:
         self._source = source
+        self._max_unread = max_unread
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._stage = bytearray(_STAGE)
@@ -112,7 +115,7 @@ class _Lane(asyncio.BufferedProtocol):
                 raise _again(self._failure)
             self._waiter = self._loop.create_future()
             await self._waiter
-        if len(self._messages) == MAX_UNREAD and self._transport is not None:
+        if len(self._messages) == self._max_unread and self._transport is not None:
             self._transport.resume_reading()
         return self._messages.popleft()
 
@@ -155,7 +158,7 @@ class _Lane(asyncio.BufferedProtocol):
         if self._refusal:
             raise _refusal(self._source, message)
         self._messages.append(message)
-        if len(self._messages) == MAX_UNREAD and self._transport is not None:
+        if len(self._messages) == self._max_unread and self._transport is not None:
             self._transport.pause_reading()
         self._wake()
 
@@ -197,8 +200,8 @@ class SocketLanes:
         self._tls = tls
         self._channel = channel
         self._calls = PageCalls(source, channel)
-        self._demand = _Lane(source)
-        self._push = _Lane(source)
+        self._demand = _Lane(source, MAX_UNREAD)
+        self._push = _Lane(source, MAX_UNREAD_PUSH)
 
     async def start(self, seconds: float) -> None:
         """Check the layout at the source, then open both lanes. FerryError(SOURCE_UNREACHABLE)."""
