@@ -11,6 +11,7 @@ from pageferry.errors import FerryError, Reason
 from pageferryd.core.errors import CoreError
 from pageferryd.core.pager import Lane
 from pageferryd.core.runs import decode
+from pageferryd.destination.lanes import PromptLanes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -38,6 +39,7 @@ class LaneWork:
         self._demand_due = asyncio.Event()
         self._push_due = asyncio.Event()
         self._push_held = False
+        self._prompt: PromptLanes | None = None
         self.push_started = False
         """Whether the guest runs, so that its memory may be pushed."""
         self.caught_up = asyncio.Event()
@@ -48,9 +50,12 @@ class LaneWork:
         """Return what has to run, all at once, for as long as the connection lives."""
         self._demand_due.set()
         self._push_due.set()
+        if isinstance(lanes, PromptLanes):
+            demand = [self._attend(lanes)]
+        else:
+            demand = [self._ask(lanes), self._take_answers(lanes)]
         return [
-            self._ask(lanes),
-            self._take_answers(lanes),
+            *demand,
             self._ask_for_push(lanes),
             self._take_push(lanes),
             self._watch(),
@@ -59,13 +64,32 @@ class LaneWork:
 
     def demand_may_be_due(self) -> None:
         """Faults came, or room for their requests."""
-        if self._pager.demand_due:
+        if not self._pager.demand_due:
+            return
+        if self._prompt is None:
             self._demand_due.set()
+            return
+        # What the lane's loss is for its reader to say.
+        with contextlib.suppress(FerryError):
+            self._ask_now(self._prompt)
 
     def push_may_be_due(self, *, only_if_held: bool = False) -> None:
         """Something happened that lets push go on; `only_if_held`: that only ends a hold."""
         if self._push_held or not only_if_held:
             self._push_due.set()
+
+    async def _attend(self, lanes: PromptLanes) -> None:
+        """Work a demand lane that needs no task for it."""
+        try:
+            self._ask_now(lanes)
+            self._prompt = lanes
+            await lanes.deliver_fetched(self._take_answer)
+        finally:
+            self._prompt = None
+
+    def _ask_now(self, lanes: PromptLanes) -> None:
+        while (runs := self._pager.next_fetch(self._clock())) is not None:
+            lanes.fetch_now(runs)
 
     async def _ask(self, lanes: Lanes) -> None:
         work, pager, clock = self._demand_due, self._pager, self._clock
@@ -79,19 +103,21 @@ class LaneWork:
 
     async def _take_answers(self, lanes: Lanes) -> None:
         while True:
-            message = await lanes.fetched()
-            try:
-                batch = decode(message)
-                self._pager.demand_arrived(batch.runs, self._clock())
-            except CoreError as error:
-                raise _misbehaviour(error) from error
-            try:
-                self._placer.place(batch, Lane.DEMAND)
-            except (FerryError, CoreError, OSError) as error:
-                self._failed(error)
-                raise
-            self.demand_may_be_due()
-            self._placed()
+            self._take_answer(await lanes.fetched())
+
+    def _take_answer(self, message: bytes) -> None:
+        try:
+            batch = decode(message)
+            self._pager.demand_arrived(batch.runs, self._clock())
+        except CoreError as error:
+            raise _misbehaviour(error) from error
+        try:
+            self._placer.place(batch, Lane.DEMAND)
+        except (FerryError, CoreError, OSError) as error:
+            self._failed(error)
+            raise FerryError(Reason.LANE_LOST, f"an answer could not be put in place: {error}") from error
+        self.demand_may_be_due()
+        self._placed()
 
     async def _ask_for_push(self, lanes: Lanes) -> None:
         while True:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pageferry.v1 import page_pb2
 
@@ -37,6 +37,20 @@ class Lanes(Protocol):
 
     async def close(self) -> None:
         """Let the connection go. Says nothing to the source about the memory."""
+
+
+@runtime_checkable
+class PromptLanes(Lanes, Protocol):
+    """Lanes whose demand lane needs no task, so that a fault waits for no turn of the event loop.
+
+    `fetched` is not used then.
+    """
+
+    def fetch_now(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Ask as `fetch` does, at once."""
+
+    async def deliver_fetched(self, deliver: Callable[[bytes], None]) -> None:
+        """Call `deliver` with each answer of the demand lane as it comes; raise what ends that, or what it raises."""
 
 
 class LaneOpener(Protocol):

@@ -26,7 +26,7 @@ from pageferryd.destination.page_calls import PageCalls, Source, told
 from pageferryd.linux.buffers import address_of, uninitialised_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import grpc
 
@@ -61,6 +61,7 @@ class _Lane(asyncio.BufferedProtocol):
         self._refusal = False
         self._messages: deque[bytes] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._deliver: Callable[[bytes], None] | None = None
         self._failure: FerryError | None = None
 
     # What the transport calls
@@ -119,6 +120,19 @@ class _Lane(asyncio.BufferedProtocol):
             self._transport.resume_reading()
         return self._messages.popleft()
 
+    async def deliver(self, deliver: Callable[[bytes], None]) -> None:
+        """Have each message delivered as it comes; raise what ends that."""
+        self._deliver = deliver
+        try:
+            while self._messages:
+                deliver(self._messages.popleft())
+            while self._failure is None:
+                self._waiter = self._loop.create_future()
+                await self._waiter
+        finally:
+            self._deliver = None
+        raise _again(self._failure)
+
     def close(self) -> None:
         """Hang up."""
         self._fail(FerryError(Reason.LANE_LOST, f"the lanes to {self._source.lane_address} were closed"))
@@ -157,6 +171,9 @@ class _Lane(asyncio.BufferedProtocol):
         self._view, self._body = None, b""
         if self._refusal:
             raise _refusal(self._source, message)
+        if self._deliver is not None:
+            self._deliver(message)
+            return
         self._messages.append(message)
         if len(self._messages) == self._max_unread and self._transport is not None:
             self._transport.pause_reading()
@@ -223,6 +240,14 @@ class SocketLanes:
     async def fetched(self) -> bytes:
         """Return the next answer of the demand lane."""
         return await self._demand.receive()
+
+    def fetch_now(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Ask at once."""
+        self._demand.send(encode_request(runs))
+
+    async def deliver_fetched(self, deliver: Callable[[bytes], None]) -> None:
+        """Deliver each answer of the demand lane as it comes."""
+        await self._demand.deliver(deliver)
 
     async def push(self, runs: Sequence[tuple[int, int]], credit: int) -> None:
         """Ask on the push lane."""
