@@ -28,8 +28,8 @@ class PacingOptions:
 
     max_window: int = 1 << 20
     """Most bytes of push under way."""
-    max_credit: int = 256 << 10
-    """Most bytes of one push request; a demand answer waits behind at most this much at the source."""
+    max_credit: int = 512 << 10
+    """Most bytes of one push request, which is answered in messages of half as much."""
     objective: float = 1e-3
     """Fault latency above which push gives way, in seconds."""
     max_hold: float = 1e-3
