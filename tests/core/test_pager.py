@@ -14,11 +14,17 @@ from pageferryd.core.runs import POISONED, RAW, ZERO, Run
 HUGE = 2 << 20
 
 
+# Requests of 64 pages.
+PACING = PacingOptions(max_credit=64 * PAGE_SIZE)
+
+
 def pager_of(pages: int = 1000, **options: object) -> Pager:
+    options.setdefault("pacing", PACING)
     return Pager(Layout([Region(0, pages * PAGE_SIZE)]), PagerOptions(**options), 0.0)  # type: ignore[arg-type]
 
 
 def huge_pager(page_size: int, granules: int, **options: object) -> Pager:
+    options.setdefault("pacing", PACING)
     layout = Layout([Region(0, granules * page_size, page_size)])
     return Pager(layout, PagerOptions(**options), 0.0)  # type: ignore[arg-type]
 
@@ -152,7 +158,7 @@ def test_requests_for_huge_pages_keep_the_bounds_of_the_contract(page_size: int)
     while (runs := pager.next_fetch(0.0)) is not None:
         assert sum(pages for _, pages in runs) <= MAX_FETCH_PAGES
     while (request := pager.next_push(1.0)) is not None:
-        assert request.credit <= min(MAX_CREDIT, PacingOptions().max_credit)
+        assert request.credit <= min(MAX_CREDIT, PACING.max_credit)
     assert pager.push_under_way <= PacingOptions().max_window
 
 
@@ -174,7 +180,7 @@ def test_a_fault_on_a_huge_page_fetches_the_touched_page_first_and_then_all_of_i
 
 def test_pieces_to_install_stay_in_one_region_where_backings_differ() -> None:
     layout = Layout([Region(0, 3 * PAGE_SIZE), Region(HUGE, HUGE, HUGE)])
-    pager = Pager(layout, PagerOptions(), 0.0)
+    pager = Pager(layout, PagerOptions(pacing=PACING), 0.0)
     assert pager.wanted(Run(1, 10, ZERO)) == [(1, 2), (3, 8)]
 
 
@@ -188,7 +194,7 @@ def test_poison_never_covers_what_was_discarded_and_a_discard_heals_poison() -> 
 
 
 def test_a_lane_is_silent_only_while_it_owes_something() -> None:
-    pager = pager_of(silence=10.0, pacing=PacingOptions(max_hold=0.0))
+    pager = pager_of(silence=10.0, pacing=PacingOptions(max_credit=64 * PAGE_SIZE, max_hold=0.0))
     assert pager.silent_lane(1000.0) is None
     pager.fault(5, 1000.0)
     pager.next_fetch(1000.0)

@@ -28,8 +28,8 @@ class PacingOptions:
 
     max_window: int = 1 << 20
     """Most bytes of push under way."""
-    max_credit: int = 512 << 10
-    """Most bytes of one push request, which is answered in messages of half as much."""
+    max_credit: int = 640 << 10
+    """Most bytes of one push request, which is answered in two messages."""
     objective: float = 1e-3
     """Fault latency above which push gives way, in seconds."""
     max_hold: float = 1e-3

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pageferryd.core.requests import Request
     from pageferryd.source.served import Served
 
-PUSH_MESSAGE_BYTES = 256 << 10
+PUSH_MESSAGE_BYTES = 320 << 10
 """Most bytes of pages in one message of the push lane: what a fault's answer may have to wait behind."""
 _FULL_RUNS = MAX_RUNS // 4
 
