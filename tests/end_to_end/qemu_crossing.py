@@ -14,6 +14,7 @@ from sidecar_process import Sidecar
 from pageferry.client import SidecarClient, ended
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import migration_pb2 as pb
+from pageferryd.linux.proc import open_files
 from qemu_guest.guest import Backend, Machine, QemuGuest
 
 SMALL = Machine(memory_mib=128)
@@ -123,8 +124,7 @@ async def works(guest: QemuGuest) -> None:
 def traces_in(guest: QemuGuest) -> list[str]:
     """Return what an attached pager leaves in a QEMU: userfaultfds, guarded mappings, a tracer."""
     proc = Path(f"/proc/{guest.pid}")
-    fds = [str(fd.readlink()) for fd in (proc / "fd").iterdir()]
-    found = [fd for fd in fds if "userfaultfd" in fd]
+    found = [link for link in open_files(guest.pid).values() if "userfaultfd" in link]
     flags = (line for line in (proc / "smaps").read_text().splitlines() if line.startswith("VmFlags:"))
     found += [line for line in flags if UFFD_REGISTERED in line.split()]
     tracer = (proc / "status").read_text().partition("TracerPid:")[2].split()[0]

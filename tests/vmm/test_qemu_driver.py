@@ -18,6 +18,7 @@ from qemu_process import BINARY, SECONDS, needs_qemu_and_root
 from pageferry.errors import FerryError, Reason
 from pageferryd.core.layout import PAGE_SIZE, Layout, Region
 from pageferryd.linux.filled import filled
+from pageferryd.linux.proc import open_files
 from pageferryd.linux.userfaultfd import Userfaultfd
 from pageferryd.linux.vmm_directory import VmmDirectory
 from pageferryd.vmm.driver import Activity, FaultEndpoint, GivenFiles, GuardedMemory
@@ -57,11 +58,11 @@ class House:
     def pid(self) -> int:
         return self.process.pid
 
-    def descriptors(self) -> set[str]:
-        return {fd.name for fd in Path(f"/proc/{self.pid}/fd").iterdir()}
+    def descriptors(self) -> set[int]:
+        return set(open_files(self.pid))
 
-    def userfaultfds(self) -> list[Path]:
-        return [fd for fd in Path(f"/proc/{self.pid}/fd").iterdir() if "userfaultfd" in str(fd.readlink())]
+    def userfaultfds(self) -> list[int]:
+        return [number for number, link in open_files(self.pid).items() if "userfaultfd" in link]
 
     def guarded(self) -> int:
         """How many mappings a userfaultfd guards."""

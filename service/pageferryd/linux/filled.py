@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pageferry.errors import FerryError, Reason
 from pageferryd.linux.holes import Extents, ProcessPages, file_extents
 from pageferryd.linux.mapped_files import files_behind, is_shared
+from pageferryd.linux.proc import looking_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,17 +20,11 @@ def filled(pid: int, address: int, size: int) -> list[tuple[int, int]]:
     The memory is private and anonymous, or shared and of files as shmem and hugetlbfs have. FerryError: VMM_GONE,
     PERMISSION_MISSING.
     """
-    try:
+    with looking_at(pid, "mem"):
         if is_shared(pid, address):
             return _filled_files(pid, address, size)
         with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
             return _all(ProcessPages(pagemap.fileno()).extents, address, size)
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise FerryError(Reason.VMM_GONE, f"the VMM (process {pid}) is gone") from error
-    except PermissionError as error:
-        raise FerryError(
-            Reason.PERMISSION_MISSING, f"the memory of process {pid} is not shown: run with CAP_SYS_PTRACE"
-        ) from error
 
 
 def _filled_files(pid: int, address: int, size: int) -> list[tuple[int, int]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 from pageferry.errors import FerryError, Reason
+from pageferryd.linux.proc import mapping_lines
 
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 
@@ -25,7 +25,7 @@ class FilePiece(NamedTuple):
 
 def is_shared(pid: int, address: int) -> bool:
     """Say whether a mapping is shared, or private. FerryError as in `files_behind`."""
-    for line in _maps(pid):
+    for line in mapping_lines(pid):
         start, end = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
         if start <= address < end:
             return line.split(maxsplit=2)[1][3] == "s"
@@ -35,7 +35,7 @@ def is_shared(pid: int, address: int) -> bool:
 def files_behind(pid: int, address: int, size: int) -> list[FilePiece]:
     """Return what is mapped there, in order: one piece a mapping. FerryError: VMM_GONE, PERMISSION_MISSING."""
     pieces = []
-    for line in _maps(pid):
+    for line in mapping_lines(pid):
         addresses, _, offset, *_ = line.split(maxsplit=5)
         start, end = (int(part, 16) for part in addresses.split("-"))
         low, high = max(start, address), min(end, address + size)
@@ -67,15 +67,6 @@ def punch_holes(pid: int, address: int, size: int) -> None:
                 )
         finally:
             os.close(fd)
-
-
-def _maps(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines()
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise FerryError(Reason.VMM_GONE, f"the VMM (process {pid}) is gone") from error
-    except OSError as error:
-        raise _refusal(pid, "maps", error) from error
 
 
 def _refusal(pid: int, name: str, error: OSError) -> FerryError:

@@ -6,7 +6,6 @@ about the page at `address + done`; nothing is known of those behind it. A Userf
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -21,6 +20,7 @@ from pageferry.abi import userfaultfd as abi
 from pageferry.errors import FerryError, Reason
 from pageferry.userfaultfd import open_userfaultfd
 from pageferryd.core.layout import PAGE_SIZE
+from pageferryd.linux.proc import open_files
 from pageferryd.linux.userfault_events import Event, Fault, Fork, Remap, Remove, Unmap, parse_events
 
 __all__ = ["Event", "Fault", "Fork", "Outcome", "Remap", "Remove", "Unmap", "Userfaultfd"]
@@ -277,18 +277,7 @@ def _target(fd: int) -> str:
 
 def find_userfaultfd(pid: int) -> int:
     """Return the number of the one userfaultfd that a process holds. FerryError: VMM_GONE, HANDOFF_NO_FD."""
-    found = []
-    try:
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if str(entry.readlink()) == _LINK:
-                    found.append(int(entry.name))
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise FerryError(Reason.VMM_GONE, f"the VMM (process {pid}) is gone") from error
-    except OSError as error:
-        raise FerryError(
-            Reason.PERMISSION_MISSING, f"/proc/{pid}/fd is not readable: run with CAP_SYS_PTRACE, or as the same user"
-        ) from error
+    found = [number for number, link in open_files(pid).items() if link == _LINK]
     if len(found) != 1:
         raise FerryError(Reason.HANDOFF_NO_FD, f"process {pid} holds {len(found)} userfaultfds where one is expected")
     return found[0]

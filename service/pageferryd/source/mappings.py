@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
-from pageferry.errors import FerryError, Reason
+from pageferryd.linux.proc import mapping_lines
 
 
 class Mapping(NamedTuple):
@@ -20,15 +20,7 @@ class Mapping(NamedTuple):
 
 def mappings(pid: int, start: int, end: int) -> list[Mapping]:
     """Return the mappings that the process has between two addresses, in order. FerryError where it cannot be known."""
-    try:
-        content = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape")
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise FerryError(Reason.VMM_GONE, f"the VMM (process {pid}) is gone") from error
-    except OSError as error:
-        raise FerryError(
-            Reason.PERMISSION_MISSING, f"/proc/{pid}/maps is not readable: run with CAP_SYS_PTRACE, or as the same user"
-        ) from error
-    found = map(_parse, content.splitlines())
+    found = map(_parse, mapping_lines(pid))
     return [one for one in found if one.start < end and one.end > start]
 
 

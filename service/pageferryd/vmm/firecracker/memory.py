@@ -21,6 +21,7 @@ from pageferry.errors import FerryError, Reason
 from pageferry.v1 import memory_pb2
 from pageferryd.core.errors import LayoutError
 from pageferryd.core.layout import Layout, Region
+from pageferryd.linux.proc import mapping_lines
 from pageferryd.vmm.driver import Memory
 
 if TYPE_CHECKING:
@@ -161,15 +162,7 @@ def _joined(ranges: Ranges, mapped: Sequence[_Mapped]) -> Iterator[_Place]:
 
 
 def _mapped(pid: int) -> list[_Mapped]:
-    try:
-        content = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape")
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise FerryError(Reason.VMM_GONE, f"the VMM (process {pid}) is gone") from error
-    except OSError as error:
-        raise FerryError(
-            Reason.PERMISSION_MISSING, f"/proc/{pid}/maps is not readable: run with CAP_SYS_PTRACE, or as the same user"
-        ) from error
-    return [found for line in content.splitlines() for found in _parse(line)]
+    return [found for line in mapping_lines(pid) for found in _parse(line)]
 
 
 def _parse(line: str) -> Iterator[_Mapped]:

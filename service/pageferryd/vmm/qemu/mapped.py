@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from pageferry.errors import FerryError, Reason
+from pageferryd.linux.proc import looking_at
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,12 @@ def mapped(pid: int) -> list[Mapped]:
     """
     found: list[Mapped] = []
     head: tuple[int, int, str, int] | None = None
-    try:
-        with Path(f"/proc/{pid}/smaps").open(errors="surrogateescape") as lines:
-            for line in lines:
-                if line[0] in "0123456789abcdef":
-                    head = _head(line)
-                elif line.startswith("VmFlags:") and head is not None:
-                    found.append(Mapped(*head, frozenset(line.split()[1:])))
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise FerryError(Reason.VMM_GONE, f"QEMU (process {pid}) is gone") from error
-    except OSError as error:
-        raise FerryError(
-            Reason.PERMISSION_MISSING,
-            f"/proc/{pid}/smaps is not readable: run with CAP_SYS_PTRACE, or as QEMU's user",
-        ) from error
+    with looking_at(pid, "smaps"), Path(f"/proc/{pid}/smaps").open(errors="surrogateescape") as lines:
+        for line in lines:
+            if line[0] in "0123456789abcdef":
+                head = _head(line)
+            elif line.startswith("VmFlags:") and head is not None:
+                found.append(Mapped(*head, frozenset(line.split()[1:])))
     return found
 
 

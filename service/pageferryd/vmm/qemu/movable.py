@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pageferry.errors import FerryError, Reason
+from pageferryd.linux.proc import open_files
 from pageferryd.vmm.qemu.blocks import list_blocks
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ async def obstacles(monitor: Monitor, pid: int) -> list[str]:
     """
     found = [f"QEMU says: {reason}" for reason in await _blocked(monitor)]
     found += await _target(monitor)
-    found += passed_through(await asyncio.to_thread(_open_files, pid))
+    found += passed_through((await asyncio.to_thread(open_files, pid)).values())
     found += await _other_mappers(monitor)
     found += [
         f"RAM block {block.name} is in pages of 1 GiB, which cannot be filled by parts: use pages of 2 MiB or 4 KiB"
@@ -87,23 +86,6 @@ def passed_through(opened: Iterable[str]) -> list[str]:
     """Return a sentence where QEMU has opened hardware for its guest, which uses memory without causing page faults."""
     held = sorted({name for name in opened if _HARDWARE.fullmatch(name)})
     return [f"QEMU passes hardware through to the guest ({', '.join(held)}): unplug it"] if held else []
-
-
-def _open_files(pid: int) -> list[str]:
-    names = []
-    try:
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            # One that was closed meanwhile is none.
-            with contextlib.suppress(FileNotFoundError):
-                names.append(str(entry.readlink()))
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise FerryError(Reason.VMM_GONE, f"QEMU (process {pid}) is gone") from error
-    except OSError as error:
-        raise FerryError(
-            Reason.PERMISSION_MISSING,
-            f"/proc/{pid}/fd is not readable: run with CAP_SYS_PTRACE, or as QEMU's user",
-        ) from error
-    return names
 
 
 async def _other_mappers(monitor: Monitor) -> list[str]:

@@ -1,0 +1,40 @@
+"""Looking at another process in /proc: what its errors mean, and the files that it has open."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from pageferry.errors import FerryError, Reason
+
+
+@contextlib.contextmanager
+def looking_at(pid: int, name: str) -> Iterator[None]:
+    """Raise what reading /proc/PID/`name` fails with as FerryError: VMM_GONE, PERMISSION_MISSING."""
+    try:
+        yield
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise FerryError(Reason.VMM_GONE, f"the VMM (process {pid}) is gone") from error
+    except OSError as error:
+        raise FerryError(
+            Reason.PERMISSION_MISSING,
+            f"/proc/{pid}/{name} is not readable ({error.strerror}): run with CAP_SYS_PTRACE, or as the same user",
+        ) from error
+
+
+def mapping_lines(pid: int) -> list[str]:
+    """Return the lines of proc_pid_maps(5). FerryError as in `looking_at`."""
+    with looking_at(pid, "maps"):
+        return Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines()
+
+
+def open_files(pid: int) -> dict[int, str]:
+    """Return what each file descriptor of a process is, as its link in /proc says. FerryError as in `looking_at`."""
+    found: dict[int, str] = {}
+    with looking_at(pid, "fd"):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            # One that was closed meanwhile is none.
+            with contextlib.suppress(FileNotFoundError):
+                found[int(entry.name)] = str(entry.readlink())
+    return found
