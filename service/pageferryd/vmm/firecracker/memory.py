@@ -158,7 +158,8 @@ def _joined(ranges: Ranges, mapped: Sequence[_Mapped]) -> Iterator[_Place]:
         if not one.file:
             yield _Place(ranges, tuple(one.end - end for end in accumulate(sizes)), joined=True)
         if not one.file or one.offset == 0:
-            yield _Place(ranges, tuple(accumulate(sizes[:-1], initial=one.start)), joined=True)
+            # Offsets in a file leave no doubt of which way.
+            yield _Place(ranges, tuple(accumulate(sizes[:-1], initial=one.start)), joined=not one.file)
 
 
 def _mapped(pid: int) -> list[_Mapped]:
