@@ -36,6 +36,7 @@ class FaultService(fault_pb2_grpc.FaultServiceServicer):
         self.refusal: tuple[grpc.StatusCode, str] | None = None
         self.streams = 0
         self._answers: queue.SimpleQueue[pb.ResolveFaultsResponse | None] = queue.SimpleQueue()
+        self._readers: list[threading.Thread] = []
         self._server: grpc.Server | None = None
         self.start()
 
@@ -52,6 +53,9 @@ class FaultService(fault_pb2_grpc.FaultServiceServicer):
             self._answers.put(None)
             stopped.wait(20)
             self._server = None
+        # What `answer` uses may go once this returns.
+        for reader in self._readers:
+            reader.join(20)
 
     def send(self, response: pb.ResolveFaultsResponse) -> None:
         self._answers.put(response)
@@ -69,7 +73,9 @@ class FaultService(fault_pb2_grpc.FaultServiceServicer):
         self._check(context)
         self.streams += 1
         self._answers = answers = queue.SimpleQueue()
-        threading.Thread(target=self._read, args=(request_iterator, answers), daemon=True).start()
+        reader = threading.Thread(target=self._read, args=(request_iterator, answers), daemon=True)
+        self._readers.append(reader)
+        reader.start()
         yield from iter(answers.get, None)
 
     def ConvertRange(self, request: pb.ConvertRangeRequest, context: grpc.ServicerContext) -> pb.ConvertRangeResponse:
