@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import structlog
+from leaving import Departure
 from small_sidecar import Sidecar, Start
 
 from certificates import Authority
@@ -54,3 +55,11 @@ def authority() -> Authority:
 @pytest.fixture
 def server_files(tmp_path: Path, authority: Authority) -> TlsFiles:
     return authority.write(tmp_path / "server", "host-a")
+
+
+@pytest.fixture
+async def departure(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Departure]:
+    one = Departure(tmp_path_factory.mktemp("s"))
+    await one.start()
+    yield one
+    await one.stop()

@@ -21,6 +21,7 @@ from pageferry.v1 import (
     page_pb2,
     page_pb2_grpc,
 )
+from pageferryd.access import make_refusals
 from pageferryd.config import Settings, Tls
 from pageferryd.server import GrpcServer
 
@@ -75,7 +76,8 @@ class Sidecar:
     """A started server with servicers of the test, and ways to call it."""
 
     def __init__(self, settings: Settings) -> None:
-        self.grpc = GrpcServer(settings)
+        self.refusals = make_refusals()
+        self.grpc = GrpcServer(settings, self.refusals)
         self.migrations, self.pages = Migrations(), Pages()
         migration_pb2_grpc.add_MigrationServiceServicer_to_server(self.migrations, self.grpc.server)
         incoming_pb2_grpc.add_IncomingServiceServicer_to_server(Incoming(), self.grpc.server)

@@ -32,6 +32,8 @@ class StandInDestination(incoming_pb2_grpc.IncomingServiceServicer):
         self.runs = False
         self.aborted = False
         self.protocol = PROTOCOL_VERSION
+        self.view = migration_pb2.HandoverView()
+        """What it tells of the guest's owner."""
         self.reports: asyncio.Queue[Any] = asyncio.Queue()
 
     def gate(self, method: str) -> Gate:
@@ -88,6 +90,10 @@ class StandInDestination(incoming_pb2_grpc.IncomingServiceServicer):
     async def Reconnect(self, request: Any, context: Any) -> Any:
         await self._begin("Reconnect")
         return incoming_pb2.ReconnectResponse()
+
+    async def DescribeHandover(self, request: Any, context: Any) -> Any:
+        await self._begin("DescribeHandover")
+        return incoming_pb2.DescribeHandoverResponse(view=self.view)
 
     async def Limit(self, request: Any, context: Any) -> Any:
         await self._begin("Limit")

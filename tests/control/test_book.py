@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from pageferry.errors import FerryError, Reason
 from pageferry.v1 import migration_pb2
 from pageferryd.config import Limits
 from pageferryd.control.book import MAX_ENDED, MigrationBook
+from pageferryd.control.departure import Departure
 from pageferryd.control.following import Following
 from pageferryd.control.incoming import Incoming
 from pageferryd.control.outgoing import Outgoing
@@ -28,9 +30,8 @@ def outgoing(name: str, request: str = "", served: int = 0) -> Outgoing:
     one = Outgoing.__new__(Outgoing)
     one.record = record_of(name, request=request)
     one._following = Following(one.record, asyncio.Event(), Limits())
-    one.served = None
-    if served:
-        one.served = Served(served)  # type: ignore[assignment]
+    one._departure = Departure.__new__(Departure)
+    one._departure.served = Served(served) if served else None  # type: ignore[assignment]
     return one
 
 
@@ -41,7 +42,8 @@ class Served:
 
 
 async def incoming(name: str) -> Incoming:
-    one = Incoming(record_of(name, migration_pb2.ROLE_DESTINATION), None, None)  # type: ignore[arg-type]
+    around = SimpleNamespace(settings=SimpleNamespace(limits=Limits()))
+    one = Incoming(record_of(name, migration_pb2.ROLE_DESTINATION), None, around)  # type: ignore[arg-type]
     one.final_figures = Figures(duplicate_pages=1)
     return one
 

@@ -12,7 +12,7 @@ from stand_in_vmm import PAGES
 
 from pageferry.errors import Reason
 from pageferry.v1 import incoming_pb2, memory_pb2
-from pageferryd.control import incoming
+from pageferryd.control import collapsing
 from pageferryd.core.layout import PAGE_SIZE, Layout, Region
 from pageferryd.core.lifecycle import State
 from pageferryd.vmm.driver import Activity
@@ -65,8 +65,8 @@ async def test_the_result_says_how_much_is_mapped_by_huge_pages_again(
     coming: Coming, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collapsed: list[tuple[int, list[tuple[int, int]]]] = []
-    monkeypatch.setattr(incoming, "collapse", lambda pid, spans: collapsed.append((pid, spans)))
-    monkeypatch.setattr(incoming, "big_bytes", lambda _pid, _spans: 2 << 20)
+    monkeypatch.setattr(collapsing, "collapse", lambda pid, spans: collapsed.append((pid, spans)))
+    monkeypatch.setattr(collapsing, "big_bytes", lambda _pid, _spans: 2 << 20)
     await coming.handed_over()
     await coming.incoming.commit()
     await coming.until(lambda: coming.record.state.final)

@@ -3,101 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 
 import pytest
-from stand_in_destination import STATES, StandInDestination
-from stand_in_vmm import StandInVmm
+from leaving import BOOM, DEADLINE, Departure
+from stand_in_destination import STATES
 
 from pageferry.errors import FerryError, Reason
-from pageferry.v1 import incoming_pb2_grpc, migration_pb2
-from pageferryd.config import Limits, Settings
-from pageferryd.control.journal import Journal
-from pageferryd.control.outgoing import Outgoing, PageAddresses
-from pageferryd.control.record import MigrationRecord
-from pageferryd.control.registry import GuestRegistry
-from pageferryd.control.surroundings import Surroundings
+from pageferry.v1 import migration_pb2
 from pageferryd.core.lifecycle import State
-from pageferryd.server import GrpcServer
-from pageferryd.source.page_service import PageService
 
 pytestmark = pytest.mark.root
-DEADLINE = 10.0
-BOOM = FerryError(Reason.NO_SPACE, "as the test says")
-
-
-class Departure:
-    """A guest on this host, a destination that stands in, and the migration between them."""
-
-    def __init__(self, directory: Path) -> None:
-        limits = Limits(reconnect_initial_seconds=0.001, reconnect_max_seconds=0.01)
-        self.settings = Settings(host="a", listen=[f"unix:{directory}/s"], insecure=True, limits=limits)
-        self.vmm = StandInVmm()
-        self.there = StandInDestination()
-        self.pages = PageService(secure=False)
-        self.guests = GuestRegistry({"stand-in": lambda _address: self.vmm})
-        # Both hosts' services are on one server: addresses are all that tells them apart.
-        self.server = GrpcServer(self.settings)
-        incoming_pb2_grpc.add_IncomingServiceServicer_to_server(self.there, self.server.server)
-        self.pages.add_to(self.server.server)
-
-    async def start(self) -> None:
-        (self.address,) = await self.server.start()
-        await self.guests.register("g", "stand-in", "here")
-        self.vmm.calls.clear()
-
-    def begin(self) -> Outgoing:
-        self.record = MigrationRecord(
-            "m", "r", "g", migration_pb2.ROLE_SOURCE, "a", "b", self.address, migration_pb2.Limits()
-        )
-        guest = self.guests.claim("g", "m")
-        self.outgoing = Outgoing(
-            self.record,
-            guest,
-            Surroundings(self.settings, None, self.guests, Journal(self.settings.runtime_dir / "journal")),
-            self.pages,
-            PageAddresses(self.address),
-        )
-        return self.outgoing
-
-    async def ended(self) -> None:
-        await asyncio.wait_for(asyncio.wait([self.outgoing._task]), DEADLINE)
-        assert self.record.state.final
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(DEADLINE):
-            while not condition():  # noqa: ASYNC110 - any condition
-                await asyncio.sleep(0.001)
-
-    def assert_here_alone(self) -> None:
-        assert self.vmm.runs
-        assert not self.there.runs
-        assert self.guests.get("g").migration_id is None
-
-    def assert_there_alone(self) -> None:
-        assert self.there.runs
-        assert not self.vmm.runs
-        assert "resume" not in self.vmm.calls
-
-    async def stop(self) -> None:
-        self.there.reports.put_nowait(None)
-        for gates in (self.there.gates, self.vmm.gates):
-            for gate in gates.values():
-                gate.opened.set()
-        if not self.outgoing._task.done():
-            await self.outgoing.stop()
-        await self.guests.close()
-        await self.server.stop(0)
-        self.vmm.free()
-
-
-@pytest.fixture
-async def departure(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Departure]:
-    one = Departure(tmp_path_factory.mktemp("s"))
-    await one.start()
-    yield one
-    await one.stop()
 
 
 HERE = ("describe", "pause", "save_state", "private_pages")
@@ -211,6 +126,7 @@ async def test_a_commit_without_an_answer_is_repeated_and_the_guest_stays_still_
     outgoing = departure.begin()
     await departure.until(lambda: departure.there.calls.count("Commit") >= 3)
     departure.assert_there_alone()
+    assert departure.record.state is State.IN_DOUBT
     assert departure.record.error is not None
     with pytest.raises(FerryError) as refused:
         await outgoing.cancel()
@@ -220,6 +136,7 @@ async def test_a_commit_without_an_answer_is_repeated_and_the_guest_stays_still_
     departure.there.lost.clear()
     await departure.until(lambda: "Report" in departure.there.calls)
     assert departure.record.error is None
+    assert departure.record.state is State.POSTCOPY
     await departure.there.complete()
     departure.there.report(STATES.MIGRATION_STATE_COMPLETED)
     await departure.ended()
@@ -339,7 +256,7 @@ async def test_a_destination_that_knows_nothing_after_a_commit_without_an_answer
     told = departure.there.calls.count("Commit")
     await departure.until(lambda: departure.there.calls.count("Commit") >= told + 3)
     departure.assert_there_alone()
-    assert not departure.record.state.final
+    assert departure.record.state is State.IN_DOUBT
 
 
 async def test_a_vmm_that_does_not_end_does_not_fail_a_migration_that_is_complete(departure: Departure) -> None:

@@ -3,70 +3,67 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import structlog
 
 from pageferry.errors import FerryError, Reason
-from pageferry.v1 import incoming_pb2, migration_pb2
-from pageferryd.control.exporting import exporter
-from pageferryd.control.fitting import refuse_immovable
+from pageferryd.control.commitment import Commitment
+from pageferryd.control.departure import Departure, PageAddresses
+from pageferryd.control.departures_journal import Leaving, Step
 from pageferryd.control.following import Following
-from pageferryd.control.peer import PROTOCOL_VERSION, Destination
 from pageferryd.control.view import migration_of
 from pageferryd.core.errors import CoreError
 from pageferryd.core.lifecycle import State
-from pageferryd.source.memory import SourceMemory
-from pageferryd.source.page_service import layout_to_proto
-from pageferryd.source.served import TOKEN_BYTES, Served
+from pageferryd.vmm.driver import Activity
 
 if TYPE_CHECKING:
+    from pageferry.v1 import migration_pb2
     from pageferryd.control.record import MigrationRecord
     from pageferryd.control.registry import Guest
     from pageferryd.control.surroundings import Surroundings
+    from pageferryd.control.turns import Turn
     from pageferryd.source.page_service import PageService
-    from pageferryd.vmm.driver import Description, Memory
+    from pageferryd.source.served import Served
 
 _log = structlog.get_logger(__name__)
 
 _LAST_REPORT_SECONDS = 5.0
 
 
-class PageAddresses(NamedTuple):
-    """Where destinations reach this host's page service, and its lanes over sockets (empty where there are none)."""
-
-    grpc: str
-    lanes: str = ""
-
-
 class Outgoing:
-    """One guest that leaves this host."""
+    """One guest that leaves this host; with `left`, one that an earlier sidecar of this host was handing over."""
 
     def __init__(
-        self, record: MigrationRecord, guest: Guest, around: Surroundings, pages: PageService, addresses: PageAddresses
+        self,
+        record: MigrationRecord,
+        guest: Guest,
+        around: Surroundings,
+        pages: PageService,
+        addresses: PageAddresses,
+        left: tuple[Leaving, Step] | None = None,
     ) -> None:
         self.record = record
-        self._guest = guest
+        self.guest = guest
         self._around = around
         self._pages = pages
-        self._addresses = addresses
-        self._destination: Destination | None = None
-        self._announced = record.limits
-        self._token = secrets.token_bytes(TOKEN_BYTES)
         self._completed = asyncio.Event()
+        self._departure = Departure(record, guest, around, pages, addresses, self._complete)
         self._following = Following(record, self._completed, around.settings.limits)
-        self._paused_at: float | None = None
-        self._committed = False
+        self._left = left
+        self.committed = False
+        """Whether the guest may have run at the destination."""
         self._undoing = False
-        self.served: Served | None = None
+        self._turn: Turn | None = None
+        self.begun = asyncio.Event()
+        """Set once its memory is served, where it is to be served again."""
         self._task = asyncio.create_task(self._run())
 
     async def cancel(self) -> None:
         """Take the migration back, and wait until the guest runs here again. FerryError(ALREADY_COMMITTED)."""
         await self._begun()
-        if self._committed or self.record.state.owned_by_destination:
+        if self.committed or self.record.state.owned_by_destination:
             raise FerryError(
                 Reason.ALREADY_COMMITTED,
                 f"migration {self.record.migration_id}: the guest belongs to {self.record.destination_name} already",
@@ -76,16 +73,26 @@ class Outgoing:
     async def reconnect(self) -> None:
         """Have the destination try its lanes again now."""
         self.record.lifecycle.require(State.POSTCOPY_PAUSED)
-        await self._peer().reconnect()
+        await self._departure.peer().reconnect()
 
     async def limit(self, limits: migration_pb2.Limits) -> None:
         """Have the destination put limits into force."""
         if self.record.state.final:
             raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.record.migration_id} has ended")
         if self.record.state is State.HANDING_OVER or self.record.state.owned_by_destination:
-            await self._peer().limit(limits)
+            await self._departure.peer().limit(limits)
         self.record.limits = limits
         self.record.changes.notify()
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether the destination has said that it has every page."""
+        return self._completed.is_set()
+
+    @property
+    def served(self) -> Served | None:
+        """The guest's memory as it is served; None before there is any."""
+        return self._departure.served
 
     def view(self) -> migration_pb2.Migration:
         """Return the migration as it stands here, with what the destination reported last."""
@@ -97,6 +104,35 @@ class Outgoing:
         """Stop: before the commit take the guest back, after it let go of everything but the guest."""
         await self._begun()
         await self._stop()
+
+    async def run_here(self, error: FerryError) -> None:
+        """An operator has decided that the guest runs here: nothing of it is served any more.
+
+        FerryError(VMM_*) where it cannot be resumed; it can be asked for again.
+        """
+        await self._stop()
+        self._pages.withdraw(self.record.migration_id)
+        self._around.journal.departures.taken_back(self.record.migration_id)
+        await self.guest.driver.resume()
+        self.committed = False
+        self._decided(error)
+
+    async def give_up(self, error: FerryError) -> None:
+        """An operator has decided that the guest is never needed here again. FerryError(VMM_*) as in `run_here`."""
+        await self._stop()
+        await self.guest.driver.kill()
+        self._pages.withdraw(self.record.migration_id)
+        await self._around.guests.forget(self.guest)
+        self._decided(error)
+
+    def _decided(self, error: FerryError) -> None:
+        self._around.journal.departures.ended(self.record.migration_id)
+        self.guest.migration_id = None
+        if self.record.state.final:
+            self.record.trouble(error)
+        else:
+            self.record.fail(error)
+        _log.warning("migration_resolved", migration=self.record.migration_id, detail=error.message)
 
     async def _begun(self) -> None:
         # A task that is cancelled before its first step would undo nothing.
@@ -113,13 +149,14 @@ class Outgoing:
     async def _run(self) -> None:
         record = self.record
         try:
-            await self._prepare()
-            await self._hand_over()
-            await self._commit()
+            if self._left is None:
+                await self._leave()
+            else:
+                await self._go_on(*self._left)
             await self._see_through()
         except asyncio.CancelledError:
             # By `stop` alone. Raised on, it would stay with the task, and keep the connections of its frames open.
-            if not self._committed:
+            if not self.committed:
                 await self._undo(FerryError(Reason.CANCELLED, "the migration was taken back"), State.CANCELLED)
         except (FerryError, CoreError) as error:
             await self._fail(error if isinstance(error, FerryError) else FerryError(Reason(error.reason), str(error)))
@@ -127,107 +164,81 @@ class Outgoing:
             _log.exception("migration_broke", migration=record.migration_id)
             await self._fail(FerryError(Reason.INTERNAL, f"{type(error).__name__}: {error}"))
         finally:
-            await self._let_go()
+            self.begun.set()
+            if self._turn is not None:
+                self._around.turns.give_back(self._turn)
+            await self._departure.close()
+
+    async def _leave(self) -> None:
+        """Wait for a turn, and give the guest away."""
+        await self._prepare()
+        await self._departure.hand_over()
+        self._around.journal.departures.given(self.record.migration_id)
+        self.committed = True
+        self.record.lifecycle.to(State.POSTCOPY)
+        await self._commit(first=True)
 
     async def _prepare(self) -> None:
-        """Ready both ends; the guest runs on."""
-        record, guest = self.record, self._guest
-        record.lifecycle.to(State.PREPARING)
-        description = await guest.driver.describe()
-        refuse_immovable(guest, description)
-        self._destination = Destination(
-            record.destination_address, record.destination_name, self._around.tls, record.migration_id
-        )
-        answer = await self._destination.probe(guest.guest_id)
-        if not record.destination_name:
-            record.destination_name = answer.host
-        if description.memory is not None:
-            self._offer(description.memory)
-        await self._have_prepared(description)
-        while self._announced is not record.limits:
-            # They were changed meanwhile.
-            self._announced = record.limits
-            await self._peer().limit(record.limits)
-        await guest.driver.ready_to_pause()
-
-    def _offer(self, memory: Memory) -> Served:
-        """Offer the memory to the destination; it is not read yet."""
-        record, layout = self.record, memory.layout
-        source = SourceMemory.open(layout, memory.locations, memory.holder)
-        self.served = Served(
-            record.migration_id, self._token, record.destination_name, source, layout, self._completed.set
-        )
-        self._pages.offer(self.served)
-        return self.served
-
-    async def _have_prepared(self, description: Description) -> None:
-        """Have the destination's VMM readied."""
-        record, memory = self.record, description.memory
-        self._announced = record.limits
-        request = incoming_pb2.PrepareRequest(
-            migration_id=record.migration_id,
-            guest_id=record.guest_id,
-            protocol_version=PROTOCOL_VERSION,
-            layout=layout_to_proto(memory.layout) if memory is not None else None,
-            page_address=self._addresses.grpc,
-            lane_address=self._addresses.lanes,
-            source_name=record.source_name,
-            token=self._token,
-            limits=record.limits,
-            driver=self._guest.driver_name,
-            machine=description.machine,
-        )
-        await self._peer().prepare(request, self._around.settings.limits.prepare_timeout + 5.0)
-
-    async def _hand_over(self) -> None:
-        """Stop the guest, and send what it is beside its memory."""
-        driver = self._guest.driver
-        self.record.lifecycle.to(State.HANDING_OVER)
-        self._paused_at = time.monotonic()
-        await driver.pause()
-        saved, private = await asyncio.gather(driver.save_state(), driver.private_pages())
-        served, told_now = self.served, None
-        if saved.memory is not None:
-            served, told_now = self._offer(saved.memory), layout_to_proto(saved.memory.layout)
-        if served is None:
-            raise FerryError(Reason.VMM_FAILED, f"the VMM of guest {self._guest.guest_id} did not tell its memory")
-        layout = served.layout
-        runs = [layout.run_at(address, size) for address, size in private.ranges]
-        served.open(runs, exporter(driver, layout) if private.opaque else None)
-        await self._peer().hand_over(saved.state, told_now, self._around.settings.limits.handover_timeout + 2.0)
-
-    async def _commit(self) -> None:
-        """Give the guest away. It never runs here from now on, unless the destination says it never did there."""
-        record = self.record
-        self._committed = True
-        record.lifecycle.to(State.POSTCOPY)
-        backoff = self._around.settings.limits.reconnect_initial_seconds
-        first = True
+        turns = self._around.turns
+        turn = self._turn = await turns.take(self.record)
         while True:
             try:
-                await self._peer().commit()
-                break
+                await self._departure.prepare()
+                turns.accepted(turn)
+                return
             except FerryError as error:
-                if error.reason is Reason.NEVER_RAN or (first and error.reason is Reason.UNKNOWN_MIGRATION):
-                    # It cannot have run there: no commit before this one was heard.
-                    self._committed = False
+                if error.reason is not Reason.TOO_MANY_MIGRATIONS:
                     raise
-                first = False
-                record.trouble(error)
-                _log.warning("commit_unanswered", migration=record.migration_id, detail=error.message)
-            if self._completed.is_set():
-                break
-            await asyncio.sleep(backoff)
-            backoff = min(2 * backoff, self._around.settings.limits.reconnect_max_seconds)
-        record.trouble(None)
-        if self._paused_at is not None:
-            record.downtime = time.monotonic() - self._paused_at
-        record.changes.notify()
-        _log.info("guest_handed_over", migration=record.migration_id, guest=record.guest_id, downtime=record.downtime)
+                self.record.trouble(error)
+            await self._departure.start_over()
+            await turns.again(turn)
+            self.record.trouble(None)
+
+    async def _go_on(self, leaving: Leaving, step: Step) -> None:
+        """Find out where an earlier sidecar has left the guest."""
+        record = self.record
+        self._turn = self._around.turns.occupy(record)
+        self._departure.take_up(leaving)
+        record.lifecycle.to(State.PREPARING)
+        record.lifecycle.to(State.HANDING_OVER)
+        if step is Step.LEAVING:
+            raise FerryError(Reason.INTERRUPTED, "this host's sidecar ended before the guest was given away")
+        self.committed = True
+        record.lifecycle.to(State.POSTCOPY)
+        if step is Step.ARRIVED:
+            self._completed.set()
+            return
+        self._departure.serve_again()
+        self.begun.set()
+        await self._commit(first=False)
+
+    async def _commit(self, *, first: bool) -> None:
+        """Have the destination run the guest. It is not run here from now on, unless that says it never did."""
+        commitment = Commitment(self.record, self._around.settings.limits, self._completed)
+        try:
+            await commitment.carry_out(self._departure.peer(), first=first)
+        except FerryError:
+            self._around.journal.departures.taken_back(self.record.migration_id)
+            self.committed = False
+            raise
+        if self._departure.paused_at is not None:
+            self.record.downtime = time.monotonic() - self._departure.paused_at
+        self.record.changes.notify()
+        _log.info(
+            "guest_handed_over",
+            migration=self.record.migration_id,
+            guest=self.record.guest_id,
+            downtime=self.record.downtime,
+        )
+
+    def _complete(self) -> None:
+        """The destination has every page; it is told so once that will not be forgotten."""
+        self._around.journal.departures.arrived(self.record.migration_id)
+        self._completed.set()
 
     async def _see_through(self) -> None:
         """Serve until the destination has said that it has everything; then end the VMM here."""
-        following = asyncio.create_task(self._following.follow(self._peer()))
+        following = asyncio.create_task(self._following.follow(self._departure.peer()))
         completed = asyncio.create_task(self._completed.wait())
         try:
             await asyncio.wait({following, completed}, return_when=asyncio.FIRST_COMPLETED)
@@ -242,7 +253,8 @@ class Outgoing:
             for task in (following, completed):
                 task.cancel()
             await asyncio.gather(following, completed, return_exceptions=True)
-        await self._around.guests.forget(self._guest)
+        await self._around.guests.forget(self.guest)
+        self._around.journal.departures.ended(self.record.migration_id)
         self.record.error = None
         self.record.lifecycle.to(State.COMPLETED)
         _log.info("migration_completed", migration=self.record.migration_id, guest=self.record.guest_id)
@@ -250,17 +262,17 @@ class Outgoing:
     async def _end_vmm(self) -> None:
         """End the VMM that the guest has left. Whether it goes or not, the guest is whole at the destination."""
         try:
-            await self._guest.driver.kill()
+            await self.guest.driver.kill()
         except FerryError as error:
             _log.warning("vmm_not_killed", migration=self.record.migration_id, detail=error.message)
 
     # When it goes wrong
 
     async def _fail(self, error: FerryError) -> None:
-        if self._committed:
+        if self.committed:
             # The guest may have run at the destination: it is not run here again, and its VMM stays as it is.
             self.record.fail(error)
-            self._guest.migration_id = None
+            self.guest.migration_id = None
             _log.error("migration_failed", migration=self.record.migration_id, detail=error.message)
         else:
             await self._undo(error, State.FAILED)
@@ -271,35 +283,30 @@ class Outgoing:
         self._undoing = True
         _log.warning("migration_undone", migration=record.migration_id, reason=error.reason.value, detail=error.message)
         self._pages.withdraw(record.migration_id)
-        if self._paused_at is not None:
-            error = await self._take_back(error)
-        if self._destination is not None:
+        resumed = True
+        if self._departure.stopped:
+            error, resumed = await self._take_back(error)
+        destination = self._departure.destination
+        if destination is not None:
             try:
-                await self._destination.abort(error.message)
+                await destination.abort(error.message)
             except FerryError as refusal:
                 _log.info("abort_unanswered", migration=record.migration_id, detail=refusal.message)
-        self._guest.migration_id = None
+        if resumed:
+            self._around.journal.departures.ended(record.migration_id)
+        self.guest.migration_id = None
         if not record.state.final:
             record.trouble(error)
             record.lifecycle.to(state)
 
-    async def _take_back(self, error: FerryError) -> FerryError:
+    async def _take_back(self, error: FerryError) -> tuple[FerryError, bool]:
+        """Let the guest go on here; return what is to be told, and whether it goes on or has ended by itself."""
+        driver = self.guest.driver
         try:
-            await self._guest.driver.resume()
+            # One that an earlier sidecar had stopped may have gone on by itself.
+            if self._left is None or (await driver.describe()).activity is not Activity.RUNNING:
+                await driver.resume()
         except FerryError as stuck:
-            return FerryError(error.reason, f"{error.message}; and the guest could not be resumed: {stuck.message}")
-        return error
-
-    async def _let_go(self) -> None:
-        # The page service keeps what is left of it: a destination may have missed the answer to its Complete.
-        if self.served is not None:
-            self.served.close()
-        # gRPC keeps a closed channel's connection for as long as anybody refers to the channel.
-        destination, self._destination = self._destination, None
-        if destination is not None:
-            await destination.close()
-
-    def _peer(self) -> Destination:
-        if self._destination is None:
-            raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.record.migration_id} has no destination yet")
-        return self._destination
+            told = FerryError(error.reason, f"{error.message}; and the guest could not be resumed: {stuck.message}")
+            return told, stuck.reason is Reason.VMM_GONE
+        return error, True
