@@ -18,16 +18,17 @@ from pageferry.errors import FerryError, Reason
 from pageferry.v1 import incoming_pb2_grpc, migration_pb2_grpc
 from pageferryd import config, logs
 from pageferryd.control.book import MigrationBook
+from pageferryd.control.departure import PageAddresses
 from pageferryd.control.drain import Drain
 from pageferryd.control.incoming_service import IncomingServicer
 from pageferryd.control.journal import Journal
 from pageferryd.control.lane_server import LaneServer
 from pageferryd.control.migration_service import MigrationServicer
-from pageferryd.control.outgoing import PageAddresses
-from pageferryd.control.recovery import recover
+from pageferryd.control.recovery import recover_arrivals, recover_departures
 from pageferryd.control.registry import GuestRegistry
 from pageferryd.control.surroundings import Surroundings
 from pageferryd.control.templates import VmmStarter
+from pageferryd.control.turns import Turns
 from pageferryd.http import HttpServer
 from pageferryd.linux.allocator import tune_malloc
 from pageferryd.metrics import make_registry
@@ -56,7 +57,8 @@ class Sidecar:
         self._pages = PageService(secure=not settings.insecure)
         self._book = MigrationBook(settings.limits.max_migrations, self._pages.withdraw)
         journal = Journal(settings.runtime_dir / "journal")
-        self._around = Surroundings(settings, settings.tls_files(), self._guests, journal)
+        turns = Turns(settings.limits.max_outgoing)
+        self._around = Surroundings(settings, settings.tls_files(), self._guests, journal, turns)
         self._grpc = GrpcServer(settings)
         self._lanes = LaneServer(settings, self._pages)
         self._http = HttpServer(make_registry(self._book), self._unready)
@@ -88,12 +90,20 @@ class Sidecar:
             for guest in self._settings.guests:
                 await self._register(guest)
             # Before anybody asks for them.
-            await recover(self._around, self._book)
+            await recover_arrivals(self._around, self._book)
+            await recover_departures(self._around, self._book, self._pages)
             http = await self._serve()
         except BaseException:
             await self._guests.close()
             raise
-        _log.info("ready", host=self._settings.host, listen=self._bound, http=http, release=__version__)
+        _log.info(
+            "ready",
+            host=self._settings.host,
+            listen=self._bound,
+            lanes=self._lanes.address,
+            http=http,
+            release=__version__,
+        )
 
     async def _serve(self) -> str:
         self._bound = await self._grpc.start()

@@ -73,6 +73,8 @@ class Sidecar(Child):
             raise
         self.address: str = ready["listen"][0]
         self.http: str = ready["http"]
+        self.lanes: str = ready["lanes"]
+        """Where it serves pages over bare sockets; empty where it does not."""
 
     def client(self, tls: TlsFiles | None = None) -> SidecarClient:
         """Return a client, to be entered; as an operator with `tls`, or as the sidecar's own host."""

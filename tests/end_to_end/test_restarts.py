@@ -1,4 +1,4 @@
-"""A destination's sidecar that ends in the middle, and starts again: the guest waits meanwhile, and loses nothing."""
+"""A sidecar that ends in the middle, and starts again: the guest waits meanwhile, and loses nothing."""
 
 from __future__ import annotations
 
@@ -14,43 +14,77 @@ from pageferry.errors import Reason
 pytestmark = [pytest.mark.root, pytest.mark.userfaultfd]
 
 
+ENDS = ["source", "destination"]
+
+
 async def under_way(stage: Stage, *options: str) -> Crossing:
     """A guest whose memory comes so slowly that a test can do something meanwhile."""
-    source, destination = await asyncio.gather(stage.sidecar("source"), stage.sidecar("destination", drain_seconds=0.1))
+    source, destination = await asyncio.gather(
+        stage.sidecar("source", drain_seconds=0.1), stage.sidecar("destination", drain_seconds=0.1)
+    )
     crossing = await stage.crossing(source, destination, *options)
     await crossing.start(push_bytes_per_second=2 << 20)
     await crossing.becomes(crossing.at_destination, POSTCOPY)
+    await crossing.becomes(crossing.at_source, POSTCOPY)
     return crossing
 
 
-async def started_again(stage: Stage, crossing: Crossing) -> Sidecar:
-    old = crossing.destination
-    again = await stage.sidecar("destination", listen=[old.address], runtime_dir=str(old.runtime_dir))
-    crossing.destination, crossing.at_destination = again, await stage.client(again)
+async def started_again(stage: Stage, crossing: Crossing, end: str = "destination") -> Sidecar:
+    """Start the sidecar of one end once more, where the first one was."""
+    old = crossing.source if end == "source" else crossing.destination
+    lanes = {"lane_listen": old.lanes} if old.lanes else {}
+    again = await stage.sidecar(end, listen=[old.address], runtime_dir=str(old.runtime_dir), drain_seconds=0.1, **lanes)
+    client = await stage.client(again)
+    if end == "source":
+        crossing.source, crossing.at_source = again, client
+    else:
+        crossing.destination, crossing.at_destination = again, client
     return again
 
 
+@pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "told to end"])
-async def test_the_next_sidecar_fills_the_rest(stage: Stage, number: int) -> None:
+async def test_the_next_sidecar_goes_on(stage: Stage, number: int, end: str) -> None:
     crossing = await under_way(stage)
-    crossing.destination.signal(number)
-    await crossing.destination.exit_code()
-    again = await started_again(stage, crossing)
+    old = crossing.source if end == "source" else crossing.destination
+    old.signal(number)
+    await old.exit_code()
+    again = await started_again(stage, crossing, end)
     await again.event("migration_taken_up")
     _, came = await crossing.arrives()
     assert came.progress.pages_present == came.progress.pages_total
-    # What was in place when it was taken up did not cross once more.
+    for sidecar in (crossing.source, crossing.destination):
+        assert list(sidecar.runtime_dir.iterdir()) == []
+
+
+async def test_pages_that_are_in_place_do_not_cross_again_for_a_destination_that_starts_again(stage: Stage) -> None:
+    crossing = await under_way(stage)
+    crossing.destination.signal(signal.SIGKILL)
+    await crossing.destination.exit_code()
+    await started_again(stage, crossing)
+    _, came = await crossing.arrives()
     assert came.progress.push_pages + came.progress.demand_pages < came.progress.pages_total
-    assert list(again.runtime_dir.iterdir()) == []
 
 
-async def test_it_may_end_again_and_again(stage: Stage) -> None:
+@pytest.mark.parametrize("end", ENDS)
+async def test_it_may_end_again_and_again(stage: Stage, end: str) -> None:
     crossing = await under_way(stage)
     for _ in range(3):
-        crossing.destination.signal(signal.SIGKILL)
-        await crossing.destination.exit_code()
-        await started_again(stage, crossing)
+        old = crossing.source if end == "source" else crossing.destination
+        old.signal(signal.SIGKILL)
+        await old.exit_code()
+        await started_again(stage, crossing, end)
         await crossing.becomes(crossing.at_destination, POSTCOPY, PAUSED)
+    await crossing.arrives()
+
+
+async def test_both_may_end_at_once(stage: Stage) -> None:
+    crossing = await under_way(stage)
+    for sidecar in (crossing.source, crossing.destination):
+        sidecar.signal(signal.SIGKILL)
+        await sidecar.exit_code()
+    for end in ENDS:
+        await started_again(stage, crossing, end)
     await crossing.arrives()
 
 
@@ -65,5 +99,6 @@ async def test_a_vmm_that_ended_meanwhile_is_said_so_at_both_ends(stage: Stage) 
     for client in (crossing.at_destination, crossing.at_source):
         shown = await crossing.becomes(client, FAILED)
         assert shown.error.reason == Reason.VMM_GONE
-    assert not (again.runtime_dir / "journal").exists()
+    # A source that was away would ask later.
+    assert [path.suffix for path in (again.runtime_dir / "journal").iterdir()] == [".lost"]
     assert crossing.guest.alive

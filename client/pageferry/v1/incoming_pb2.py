@@ -26,7 +26,7 @@ from pageferry.v1 import memory_pb2 as pageferry_dot_v1_dot_memory__pb2
 from pageferry.v1 import migration_pb2 as pageferry_dot_v1_dot_migration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpageferry/v1/incoming.proto\x12\x0cpageferry.v1\x1a\x19pageferry/v1/memory.proto\x1a\x1cpageferry/v1/migration.proto\":\n\x0cProbeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08guest_id\x18\x02 \x01(\t\"m\n\rProbeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07release\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12#\n\x06\x63hecks\x18\x04 \x03(\x0b\x32\x13.pageferry.v1.Check\"\x95\x02\n\x0ePrepareRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x10\n\x08guest_id\x18\x02 \x01(\t\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12*\n\x06layout\x18\x04 \x01(\x0b\x32\x1a.pageferry.v1.MemoryLayout\x12\x14\n\x0cpage_address\x18\x05 \x01(\t\x12\x13\n\x0bsource_name\x18\x06 \x01(\t\x12\r\n\x05token\x18\x07 \x01(\x0c\x12$\n\x06limits\x18\x08 \x01(\x0b\x32\x14.pageferry.v1.Limits\x12\x0e\n\x06\x64river\x18\t \x01(\t\x12\x0f\n\x07machine\x18\n \x01(\t\x12\x14\n\x0clane_address\x18\x0b \x01(\t\"\x11\n\x0fPrepareResponse\"b\n\x0fHandOverRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\x0c\x12*\n\x06layout\x18\x03 \x01(\x0b\x32\x1a.pageferry.v1.MemoryLayout\"\x12\n\x10HandOverResponse\"%\n\rCommitRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"\x10\n\x0e\x43ommitResponse\"4\n\x0c\x41\x62ortRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0f\n\rAbortResponse\"%\n\rReportRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"<\n\x0eReportResponse\x12*\n\tmigration\x18\x01 \x01(\x0b\x32\x17.pageferry.v1.Migration\"(\n\x10ReconnectRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"\x13\n\x11ReconnectResponse\"J\n\x0cLimitRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12$\n\x06limits\x18\x02 \x01(\x0b\x32\x14.pageferry.v1.Limits\"\x0f\n\rLimitResponse2\xc4\x04\n\x0fIncomingService\x12@\n\x05Probe\x12\x1a.pageferry.v1.ProbeRequest\x1a\x1b.pageferry.v1.ProbeResponse\x12\x46\n\x07Prepare\x12\x1c.pageferry.v1.PrepareRequest\x1a\x1d.pageferry.v1.PrepareResponse\x12I\n\x08HandOver\x12\x1d.pageferry.v1.HandOverRequest\x1a\x1e.pageferry.v1.HandOverResponse\x12\x43\n\x06\x43ommit\x12\x1b.pageferry.v1.CommitRequest\x1a\x1c.pageferry.v1.CommitResponse\x12@\n\x05\x41\x62ort\x12\x1a.pageferry.v1.AbortRequest\x1a\x1b.pageferry.v1.AbortResponse\x12\x45\n\x06Report\x12\x1b.pageferry.v1.ReportRequest\x1a\x1c.pageferry.v1.ReportResponse0\x01\x12L\n\tReconnect\x12\x1e.pageferry.v1.ReconnectRequest\x1a\x1f.pageferry.v1.ReconnectResponse\x12@\n\x05Limit\x12\x1a.pageferry.v1.LimitRequest\x1a\x1b.pageferry.v1.LimitResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpageferry/v1/incoming.proto\x12\x0cpageferry.v1\x1a\x19pageferry/v1/memory.proto\x1a\x1cpageferry/v1/migration.proto\":\n\x0cProbeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08guest_id\x18\x02 \x01(\t\"m\n\rProbeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07release\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12#\n\x06\x63hecks\x18\x04 \x03(\x0b\x32\x13.pageferry.v1.Check\"\xbb\x02\n\x0ePrepareRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x10\n\x08guest_id\x18\x02 \x01(\t\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12*\n\x06layout\x18\x04 \x01(\x0b\x32\x1a.pageferry.v1.MemoryLayout\x12\x14\n\x0cpage_address\x18\x05 \x01(\t\x12\x13\n\x0bsource_name\x18\x06 \x01(\t\x12\r\n\x05token\x18\x07 \x01(\x0c\x12$\n\x06limits\x18\x08 \x01(\x0b\x32\x14.pageferry.v1.Limits\x12\x0e\n\x06\x64river\x18\t \x01(\t\x12\x0f\n\x07machine\x18\n \x01(\t\x12\x14\n\x0clane_address\x18\x0b \x01(\t\x12$\n\x06policy\x18\x0c \x01(\x0b\x32\x14.pageferry.v1.Policy\"\x11\n\x0fPrepareResponse\"b\n\x0fHandOverRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\x0c\x12*\n\x06layout\x18\x03 \x01(\x0b\x32\x1a.pageferry.v1.MemoryLayout\"\x12\n\x10HandOverResponse\"%\n\rCommitRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"\x10\n\x0e\x43ommitResponse\"4\n\x0c\x41\x62ortRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0f\n\rAbortResponse\"%\n\rReportRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"<\n\x0eReportResponse\x12*\n\tmigration\x18\x01 \x01(\x0b\x32\x17.pageferry.v1.Migration\"(\n\x10ReconnectRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"\x13\n\x11ReconnectResponse\"J\n\x0cLimitRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12$\n\x06limits\x18\x02 \x01(\x0b\x32\x14.pageferry.v1.Limits\"\x0f\n\rLimitResponse\"/\n\x17\x44\x65scribeHandoverRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"D\n\x18\x44\x65scribeHandoverResponse\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.pageferry.v1.HandoverView2\xa7\x05\n\x0fIncomingService\x12@\n\x05Probe\x12\x1a.pageferry.v1.ProbeRequest\x1a\x1b.pageferry.v1.ProbeResponse\x12\x46\n\x07Prepare\x12\x1c.pageferry.v1.PrepareRequest\x1a\x1d.pageferry.v1.PrepareResponse\x12I\n\x08HandOver\x12\x1d.pageferry.v1.HandOverRequest\x1a\x1e.pageferry.v1.HandOverResponse\x12\x43\n\x06\x43ommit\x12\x1b.pageferry.v1.CommitRequest\x1a\x1c.pageferry.v1.CommitResponse\x12@\n\x05\x41\x62ort\x12\x1a.pageferry.v1.AbortRequest\x1a\x1b.pageferry.v1.AbortResponse\x12\x45\n\x06Report\x12\x1b.pageferry.v1.ReportRequest\x1a\x1c.pageferry.v1.ReportResponse0\x01\x12L\n\tReconnect\x12\x1e.pageferry.v1.ReconnectRequest\x1a\x1f.pageferry.v1.ReconnectResponse\x12@\n\x05Limit\x12\x1a.pageferry.v1.LimitRequest\x1a\x1b.pageferry.v1.LimitResponse\x12\x61\n\x10\x44\x65scribeHandover\x12%.pageferry.v1.DescribeHandoverRequest\x1a&.pageferry.v1.DescribeHandoverResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,33 +38,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROBERESPONSE']._serialized_start=162
   _globals['_PROBERESPONSE']._serialized_end=271
   _globals['_PREPAREREQUEST']._serialized_start=274
-  _globals['_PREPAREREQUEST']._serialized_end=551
-  _globals['_PREPARERESPONSE']._serialized_start=553
-  _globals['_PREPARERESPONSE']._serialized_end=570
-  _globals['_HANDOVERREQUEST']._serialized_start=572
-  _globals['_HANDOVERREQUEST']._serialized_end=670
-  _globals['_HANDOVERRESPONSE']._serialized_start=672
-  _globals['_HANDOVERRESPONSE']._serialized_end=690
-  _globals['_COMMITREQUEST']._serialized_start=692
-  _globals['_COMMITREQUEST']._serialized_end=729
-  _globals['_COMMITRESPONSE']._serialized_start=731
-  _globals['_COMMITRESPONSE']._serialized_end=747
-  _globals['_ABORTREQUEST']._serialized_start=749
-  _globals['_ABORTREQUEST']._serialized_end=801
-  _globals['_ABORTRESPONSE']._serialized_start=803
-  _globals['_ABORTRESPONSE']._serialized_end=818
-  _globals['_REPORTREQUEST']._serialized_start=820
-  _globals['_REPORTREQUEST']._serialized_end=857
-  _globals['_REPORTRESPONSE']._serialized_start=859
-  _globals['_REPORTRESPONSE']._serialized_end=919
-  _globals['_RECONNECTREQUEST']._serialized_start=921
-  _globals['_RECONNECTREQUEST']._serialized_end=961
-  _globals['_RECONNECTRESPONSE']._serialized_start=963
-  _globals['_RECONNECTRESPONSE']._serialized_end=982
-  _globals['_LIMITREQUEST']._serialized_start=984
-  _globals['_LIMITREQUEST']._serialized_end=1058
-  _globals['_LIMITRESPONSE']._serialized_start=1060
-  _globals['_LIMITRESPONSE']._serialized_end=1075
-  _globals['_INCOMINGSERVICE']._serialized_start=1078
-  _globals['_INCOMINGSERVICE']._serialized_end=1658
+  _globals['_PREPAREREQUEST']._serialized_end=589
+  _globals['_PREPARERESPONSE']._serialized_start=591
+  _globals['_PREPARERESPONSE']._serialized_end=608
+  _globals['_HANDOVERREQUEST']._serialized_start=610
+  _globals['_HANDOVERREQUEST']._serialized_end=708
+  _globals['_HANDOVERRESPONSE']._serialized_start=710
+  _globals['_HANDOVERRESPONSE']._serialized_end=728
+  _globals['_COMMITREQUEST']._serialized_start=730
+  _globals['_COMMITREQUEST']._serialized_end=767
+  _globals['_COMMITRESPONSE']._serialized_start=769
+  _globals['_COMMITRESPONSE']._serialized_end=785
+  _globals['_ABORTREQUEST']._serialized_start=787
+  _globals['_ABORTREQUEST']._serialized_end=839
+  _globals['_ABORTRESPONSE']._serialized_start=841
+  _globals['_ABORTRESPONSE']._serialized_end=856
+  _globals['_REPORTREQUEST']._serialized_start=858
+  _globals['_REPORTREQUEST']._serialized_end=895
+  _globals['_REPORTRESPONSE']._serialized_start=897
+  _globals['_REPORTRESPONSE']._serialized_end=957
+  _globals['_RECONNECTREQUEST']._serialized_start=959
+  _globals['_RECONNECTREQUEST']._serialized_end=999
+  _globals['_RECONNECTRESPONSE']._serialized_start=1001
+  _globals['_RECONNECTRESPONSE']._serialized_end=1020
+  _globals['_LIMITREQUEST']._serialized_start=1022
+  _globals['_LIMITREQUEST']._serialized_end=1096
+  _globals['_LIMITRESPONSE']._serialized_start=1098
+  _globals['_LIMITRESPONSE']._serialized_end=1113
+  _globals['_DESCRIBEHANDOVERREQUEST']._serialized_start=1115
+  _globals['_DESCRIBEHANDOVERREQUEST']._serialized_end=1162
+  _globals['_DESCRIBEHANDOVERRESPONSE']._serialized_start=1164
+  _globals['_DESCRIBEHANDOVERRESPONSE']._serialized_end=1232
+  _globals['_INCOMINGSERVICE']._serialized_start=1235
+  _globals['_INCOMINGSERVICE']._serialized_end=1914
 # @@protoc_insertion_point(module_scope)

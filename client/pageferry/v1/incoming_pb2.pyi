@@ -99,6 +99,7 @@ class PrepareRequest(_message.Message):
     DRIVER_FIELD_NUMBER: _builtins.int
     MACHINE_FIELD_NUMBER: _builtins.int
     LANE_ADDRESS_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     """The migration's id, the same on both hosts."""
     guest_id: _builtins.str
@@ -129,6 +130,10 @@ class PrepareRequest(_message.Message):
     def limits(self) -> _migration_pb2.Limits:
         """Limits to begin with."""
 
+    @_builtins.property
+    def policy(self) -> _migration_pb2.Policy:
+        """How it is carried out."""
+
     def __init__(
         self,
         *,
@@ -143,10 +148,11 @@ class PrepareRequest(_message.Message):
         driver: _builtins.str = ...,
         machine: _builtins.str = ...,
         lane_address: _builtins.str = ...,
+        policy: _migration_pb2.Policy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "limits", b"limits", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "guest_id", b"guest_id", "lane_address", b"lane_address", "layout", b"layout", "limits", b"limits", "machine", b"machine", "migration_id", b"migration_id", "page_address", b"page_address", "protocol_version", b"protocol_version", "source_name", b"source_name", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "guest_id", b"guest_id", "lane_address", b"lane_address", "layout", b"layout", "limits", b"limits", "machine", b"machine", "migration_id", b"migration_id", "page_address", b"page_address", "policy", b"policy", "protocol_version", b"protocol_version", "source_name", b"source_name", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -429,3 +435,49 @@ class LimitResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LimitResponse: _TypeAlias = LimitResponse  # noqa: Y015
+
+@_typing.final
+class DescribeHandoverRequest(_message.Message):
+    """DescribeHandoverRequest names a migration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_ID_FIELD_NUMBER: _builtins.int
+    migration_id: _builtins.str
+    """The migration's id."""
+    def __init__(
+        self,
+        *,
+        migration_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration_id", b"migration_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeHandoverRequest: _TypeAlias = DescribeHandoverRequest  # noqa: Y015
+
+@_typing.final
+class DescribeHandoverResponse(_message.Message):
+    """DescribeHandoverResponse tells what is known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIEW_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def view(self) -> _migration_pb2.HandoverView:
+        """What this end knows."""
+
+    def __init__(
+        self,
+        *,
+        view: _migration_pb2.HandoverView | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["view", b"view"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["view", b"view"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeHandoverResponse: _TypeAlias = DescribeHandoverResponse  # noqa: Y015

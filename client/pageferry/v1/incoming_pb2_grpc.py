@@ -76,6 +76,11 @@ class IncomingServiceStub:
                 request_serializer=pageferry_dot_v1_dot_incoming__pb2.LimitRequest.SerializeToString,
                 response_deserializer=pageferry_dot_v1_dot_incoming__pb2.LimitResponse.FromString,
                 _registered_method=True)
+        self.DescribeHandover = channel.unary_unary(
+                '/pageferry.v1.IncomingService/DescribeHandover',
+                request_serializer=pageferry_dot_v1_dot_incoming__pb2.DescribeHandoverRequest.SerializeToString,
+                response_deserializer=pageferry_dot_v1_dot_incoming__pb2.DescribeHandoverResponse.FromString,
+                _registered_method=True)
 
 
 class IncomingServiceServicer:
@@ -142,6 +147,13 @@ class IncomingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeHandover(self, request, context):
+        """DescribeHandover tells what this end knows of a guest's owner. Either end of a migration may ask the other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IncomingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -184,6 +196,11 @@ def add_IncomingServiceServicer_to_server(servicer, server):
                     servicer.Limit,
                     request_deserializer=pageferry_dot_v1_dot_incoming__pb2.LimitRequest.FromString,
                     response_serializer=pageferry_dot_v1_dot_incoming__pb2.LimitResponse.SerializeToString,
+            ),
+            'DescribeHandover': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeHandover,
+                    request_deserializer=pageferry_dot_v1_dot_incoming__pb2.DescribeHandoverRequest.FromString,
+                    response_serializer=pageferry_dot_v1_dot_incoming__pb2.DescribeHandoverResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -404,6 +421,33 @@ class IncomingService:
             '/pageferry.v1.IncomingService/Limit',
             pageferry_dot_v1_dot_incoming__pb2.LimitRequest.SerializeToString,
             pageferry_dot_v1_dot_incoming__pb2.LimitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeHandover(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pageferry.v1.IncomingService/DescribeHandover',
+            pageferry_dot_v1_dot_incoming__pb2.DescribeHandoverRequest.SerializeToString,
+            pageferry_dot_v1_dot_incoming__pb2.DescribeHandoverResponse.FromString,
             options,
             channel_credentials,
             insecure,

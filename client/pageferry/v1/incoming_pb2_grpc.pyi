@@ -57,6 +57,8 @@ class IncomingServiceStub:
     """Reconnect makes a paused destination try its lanes again now instead of after its backoff."""
     Limit: _grpc.UnaryUnaryMultiCallable[_incoming_pb2.LimitRequest, _incoming_pb2.LimitResponse]
     """Limit changes the limits of a migration that is under way."""
+    DescribeHandover: _grpc.UnaryUnaryMultiCallable[_incoming_pb2.DescribeHandoverRequest, _incoming_pb2.DescribeHandoverResponse]
+    """DescribeHandover tells what this end knows of a guest's owner. Either end of a migration may ask the other."""
 
 @_typing.type_check_only
 class IncomingServiceAsyncStub(IncomingServiceStub):
@@ -87,6 +89,8 @@ class IncomingServiceAsyncStub(IncomingServiceStub):
     """Reconnect makes a paused destination try its lanes again now instead of after its backoff."""
     Limit: _aio.UnaryUnaryMultiCallable[_incoming_pb2.LimitRequest, _incoming_pb2.LimitResponse]  # type: ignore[assignment]
     """Limit changes the limits of a migration that is under way."""
+    DescribeHandover: _aio.UnaryUnaryMultiCallable[_incoming_pb2.DescribeHandoverRequest, _incoming_pb2.DescribeHandoverResponse]  # type: ignore[assignment]
+    """DescribeHandover tells what this end knows of a guest's owner. Either end of a migration may ask the other."""
 
 class IncomingServiceServicer(metaclass=_abc_1.ABCMeta):
     """IncomingService is served by the destination's sidecar and called by the source's, in the order of its methods. Until
@@ -162,5 +166,13 @@ class IncomingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_incoming_pb2.LimitResponse, _abc.Awaitable[_incoming_pb2.LimitResponse]]:
         """Limit changes the limits of a migration that is under way."""
+
+    @_abc_1.abstractmethod
+    def DescribeHandover(
+        self,
+        request: _incoming_pb2.DescribeHandoverRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_incoming_pb2.DescribeHandoverResponse, _abc.Awaitable[_incoming_pb2.DescribeHandoverResponse]]:
+        """DescribeHandover tells what this end knows of a guest's owner. Either end of a migration may ask the other."""
 
 def add_IncomingServiceServicer_to_server(servicer: IncomingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

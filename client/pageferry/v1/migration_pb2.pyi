@@ -47,6 +47,10 @@ class _MigrationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Migrat
     """The migration failed; error says why, and where the guest is."""
     MIGRATION_STATE_CANCELLED: _MigrationState.ValueType  # 8
     """The migration was taken back; the guest runs at the source."""
+    MIGRATION_STATE_IN_DOUBT: _MigrationState.ValueType  # 9
+    """The guest may have run at the destination, and the destination cannot say: the guest stands still at the source,
+    its memory whole, until the destination answers or an operator decides (ResolveMigration).
+    """
 
 class MigrationState(_MigrationState, metaclass=_MigrationStateEnumTypeWrapper):
     """MigrationState is where a migration stands. COMPLETED, FAILED and CANCELLED are final."""
@@ -71,6 +75,10 @@ MIGRATION_STATE_FAILED: MigrationState.ValueType  # 7
 """The migration failed; error says why, and where the guest is."""
 MIGRATION_STATE_CANCELLED: MigrationState.ValueType  # 8
 """The migration was taken back; the guest runs at the source."""
+MIGRATION_STATE_IN_DOUBT: MigrationState.ValueType  # 9
+"""The guest may have run at the destination, and the destination cannot say: the guest stands still at the source,
+its memory whole, until the destination answers or an operator decides (ResolveMigration).
+"""
 Global___MigrationState: _TypeAlias = MigrationState  # noqa: Y015
 
 class _Role:
@@ -156,6 +164,62 @@ CHECK_STATUS_WARNING: CheckStatus.ValueType  # 2
 CHECK_STATUS_FAILED: CheckStatus.ValueType  # 3
 """Migrations will fail until the remedy is applied."""
 Global___CheckStatus: _TypeAlias = CheckStatus  # noqa: Y015
+
+class _OnLoss:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OnLossEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnLoss.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ON_LOSS_UNSPECIFIED: _OnLoss.ValueType  # 0
+    """The default of the destination's sidecar."""
+    ON_LOSS_WAIT: _OnLoss.ValueType  # 1
+    """It waits where it touches a missing page, for as long as it takes."""
+    ON_LOSS_KILL: _OnLoss.ValueType  # 2
+    """Its VMM is killed."""
+
+class OnLoss(_OnLoss, metaclass=_OnLossEnumTypeWrapper):
+    """OnLoss is what becomes of a guest at its destination whose missing pages cannot be had."""
+
+ON_LOSS_UNSPECIFIED: OnLoss.ValueType  # 0
+"""The default of the destination's sidecar."""
+ON_LOSS_WAIT: OnLoss.ValueType  # 1
+"""It waits where it touches a missing page, for as long as it takes."""
+ON_LOSS_KILL: OnLoss.ValueType  # 2
+"""Its VMM is killed."""
+Global___OnLoss: _TypeAlias = OnLoss  # noqa: Y015
+
+class _Decision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Decision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DECISION_UNSPECIFIED: _Decision.ValueType  # 0
+    """None: only show what is known."""
+    DECISION_RUN_AT_SOURCE: _Decision.ValueType  # 1
+    """The guest runs here, at its source: refused while the destination can be asked and has not given the guest up, and
+    where it cannot be asked unless peer_fenced.
+    """
+    DECISION_GIVE_UP: _Decision.ValueType  # 2
+    """Give the guest up at this end: its VMM is killed, and it never runs here again. At a source refused unless the
+    destination has the whole guest, or peer_fenced.
+    """
+
+class Decision(_Decision, metaclass=_DecisionEnumTypeWrapper):
+    """Decision is what an operator decides of a migration that its two ends cannot settle."""
+
+DECISION_UNSPECIFIED: Decision.ValueType  # 0
+"""None: only show what is known."""
+DECISION_RUN_AT_SOURCE: Decision.ValueType  # 1
+"""The guest runs here, at its source: refused while the destination can be asked and has not given the guest up, and
+where it cannot be asked unless peer_fenced.
+"""
+DECISION_GIVE_UP: Decision.ValueType  # 2
+"""Give the guest up at this end: its VMM is killed, and it never runs here again. At a source refused unless the
+destination has the whole guest, or peer_fenced.
+"""
+Global___Decision: _TypeAlias = Decision  # noqa: Y015
 
 @_typing.final
 class Check(_message.Message):
@@ -253,6 +317,7 @@ class Limits(_message.Message):
     PUSH_WINDOW_BYTES_FIELD_NUMBER: _builtins.int
     FAULT_OBJECTIVE_US_FIELD_NUMBER: _builtins.int
     PUSH_DISABLED_FIELD_NUMBER: _builtins.int
+    PUSH_WEIGHT_FIELD_NUMBER: _builtins.int
     push_bytes_per_second: _builtins.int
     """Most bytes a second that the push lane moves; 0 is unlimited."""
     push_window_bytes: _builtins.int
@@ -261,6 +326,8 @@ class Limits(_message.Message):
     """Fault latency, in microseconds, above which the push lane gives way; 0 is the default."""
     push_disabled: _builtins.bool
     """No push at all: pages come only when touched. For measurements; such a migration ends when push is allowed again."""
+    push_weight: _builtins.int
+    """Share of the destination host's push bandwidth, against those of other migrations: 1 to 1000; 0 is 100."""
     def __init__(
         self,
         *,
@@ -268,14 +335,49 @@ class Limits(_message.Message):
         push_window_bytes: _builtins.int = ...,
         fault_objective_us: _builtins.int = ...,
         push_disabled: _builtins.bool = ...,
+        push_weight: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fault_objective_us", b"fault_objective_us", "push_bytes_per_second", b"push_bytes_per_second", "push_disabled", b"push_disabled", "push_window_bytes", b"push_window_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fault_objective_us", b"fault_objective_us", "push_bytes_per_second", b"push_bytes_per_second", "push_disabled", b"push_disabled", "push_weight", b"push_weight", "push_window_bytes", b"push_window_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Limits: _TypeAlias = Limits  # noqa: Y015
+
+@_typing.final
+class Policy(_message.Message):
+    """Policy is how a migration is carried out, settled when it starts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ON_LOSS_FIELD_NUMBER: _builtins.int
+    LOSS_SECONDS_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
+    on_loss: Global___OnLoss.ValueType
+    """What becomes of the guest when its source is gone for longer than loss_seconds, or when the destination's sidecar
+    cannot go on (no memory, no descriptors, an error of the kernel). Never does it read a page that is not its own.
+    """
+    loss_seconds: _builtins.int
+    """How long the source may be gone, in seconds; 0 is the default of the destination's sidecar."""
+    checksums: _builtins.bool
+    """Have every page carry a checksum (XXH3, 64 bits) from the source's memory to the moment of its installation. A page
+    that does not match is fetched again, and counted.
+    """
+    def __init__(
+        self,
+        *,
+        on_loss: Global___OnLoss.ValueType = ...,
+        loss_seconds: _builtins.int = ...,
+        checksums: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "loss_seconds", b"loss_seconds", "on_loss", b"on_loss"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Policy: _TypeAlias = Policy  # noqa: Y015
 
 @_typing.final
 class ErrorDetail(_message.Message):
@@ -434,6 +536,7 @@ class Progress(_message.Message):
     PRIVATE_PAGES_FIELD_NUMBER: _builtins.int
     SHARED_ACCESSES_FIELD_NUMBER: _builtins.int
     HUGE_BYTES_FIELD_NUMBER: _builtins.int
+    CHECKSUM_MISMATCHES_FIELD_NUMBER: _builtins.int
     pages_total: _builtins.int
     """Pages of the guest, 4 KiB each."""
     pages_present: _builtins.int
@@ -476,6 +579,8 @@ class Progress(_message.Message):
     """Accesses by something other than a vCPU to pages that are private: they got the shared side, zeroes."""
     huge_bytes: _builtins.int
     """Bytes of the guest that its VMM has mapped by huge pages again, after the last page came."""
+    checksum_mismatches: _builtins.int
+    """Pages that came damaged, by their checksums, and were fetched again."""
     def __init__(
         self,
         *,
@@ -500,10 +605,11 @@ class Progress(_message.Message):
         private_pages: _builtins.int = ...,
         shared_accesses: _builtins.int = ...,
         huge_bytes: _builtins.int = ...,
+        checksum_mismatches: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand_bytes", b"demand_bytes", "demand_pages", b"demand_pages", "duplicate_pages", b"duplicate_pages", "exit_faults", b"exit_faults", "faults", b"faults", "faults_waiting", b"faults_waiting", "huge_bytes", b"huge_bytes", "pages_discarded", b"pages_discarded", "pages_poisoned", b"pages_poisoned", "pages_present", b"pages_present", "pages_total", b"pages_total", "prefetch_issued", b"prefetch_issued", "prefetch_late", b"prefetch_late", "prefetch_used", b"prefetch_used", "private_pages", b"private_pages", "push_bytes", b"push_bytes", "push_bytes_per_second", b"push_bytes_per_second", "push_pages", b"push_pages", "reconnects", b"reconnects", "shared_accesses", b"shared_accesses", "zero_pages", b"zero_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum_mismatches", b"checksum_mismatches", "demand_bytes", b"demand_bytes", "demand_pages", b"demand_pages", "duplicate_pages", b"duplicate_pages", "exit_faults", b"exit_faults", "faults", b"faults", "faults_waiting", b"faults_waiting", "huge_bytes", b"huge_bytes", "pages_discarded", b"pages_discarded", "pages_poisoned", b"pages_poisoned", "pages_present", b"pages_present", "pages_total", b"pages_total", "prefetch_issued", b"prefetch_issued", "prefetch_late", b"prefetch_late", "prefetch_used", b"prefetch_used", "private_pages", b"private_pages", "push_bytes", b"push_bytes", "push_bytes_per_second", b"push_bytes_per_second", "push_pages", b"push_pages", "reconnects", b"reconnects", "shared_accesses", b"shared_accesses", "zero_pages", b"zero_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -532,6 +638,8 @@ class Migration(_message.Message):
     MEMORY_MAP_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     """The migration's id, the same on both hosts."""
     request_id: _builtins.str
@@ -548,6 +656,8 @@ class Migration(_message.Message):
     """Name of the destination host."""
     destination_address: _builtins.str
     """Address of the destination's sidecar."""
+    queue_position: _builtins.int
+    """While it waits for its turn: how many go first, and itself; 0 when it waits no longer."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was accepted."""
@@ -584,6 +694,10 @@ class Migration(_message.Message):
     def error(self) -> Global___ErrorDetail:
         """Why it failed, or its last trouble while it goes on."""
 
+    @_builtins.property
+    def policy(self) -> Global___Policy:
+        """How it is carried out."""
+
     def __init__(
         self,
         *,
@@ -604,10 +718,12 @@ class Migration(_message.Message):
         memory_map: Global___MemoryMap | None = ...,
         limits: Global___Limits | None = ...,
         error: Global___ErrorDetail | None = ...,
+        policy: Global___Policy | None = ...,
+        queue_position: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "downtime", b"downtime", "end_time", b"end_time", "error", b"error", "limits", b"limits", "memory_map", b"memory_map", "postcopy_duration", b"postcopy_duration", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "downtime", b"downtime", "end_time", b"end_time", "error", b"error", "limits", b"limits", "memory_map", b"memory_map", "policy", b"policy", "postcopy_duration", b"postcopy_duration", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "destination_address", b"destination_address", "destination_name", b"destination_name", "downtime", b"downtime", "end_time", b"end_time", "error", b"error", "fault_latencies", b"fault_latencies", "guest_id", b"guest_id", "limits", b"limits", "memory_map", b"memory_map", "migration_id", b"migration_id", "postcopy_duration", b"postcopy_duration", "progress", b"progress", "request_id", b"request_id", "role", b"role", "source_name", b"source_name", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "destination_address", b"destination_address", "destination_name", b"destination_name", "downtime", b"downtime", "end_time", b"end_time", "error", b"error", "fault_latencies", b"fault_latencies", "guest_id", b"guest_id", "limits", b"limits", "memory_map", b"memory_map", "migration_id", b"migration_id", "policy", b"policy", "postcopy_duration", b"postcopy_duration", "progress", b"progress", "queue_position", b"queue_position", "request_id", b"request_id", "role", b"role", "source_name", b"source_name", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -822,6 +938,7 @@ class StartMigrationRequest(_message.Message):
     DESTINATION_ADDRESS_FIELD_NUMBER: _builtins.int
     DESTINATION_NAME_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the caller, 1 to 128 characters: the same id always means the same start."""
     guest_id: _builtins.str
@@ -834,6 +951,10 @@ class StartMigrationRequest(_message.Message):
     def limits(self) -> Global___Limits:
         """Limits to begin with."""
 
+    @_builtins.property
+    def policy(self) -> Global___Policy:
+        """How it is carried out."""
+
     def __init__(
         self,
         *,
@@ -842,10 +963,11 @@ class StartMigrationRequest(_message.Message):
         destination_address: _builtins.str = ...,
         destination_name: _builtins.str = ...,
         limits: Global___Limits | None = ...,
+        policy: Global___Policy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_address", b"destination_address", "destination_name", b"destination_name", "guest_id", b"guest_id", "limits", b"limits", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_address", b"destination_address", "destination_name", b"destination_name", "guest_id", b"guest_id", "limits", b"limits", "policy", b"policy", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1156,3 +1278,115 @@ class SetLimitsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetLimitsResponse: _TypeAlias = SetLimitsResponse  # noqa: Y015
+
+@_typing.final
+class ResolveMigrationRequest(_message.Message):
+    """ResolveMigrationRequest names a migration and what to do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_ID_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    PEER_FENCED_FIELD_NUMBER: _builtins.int
+    migration_id: _builtins.str
+    """The migration's id."""
+    decision: Global___Decision.ValueType
+    """The decision."""
+    peer_fenced: _builtins.bool
+    """The operator has made sure that the guest cannot run at the other end any more, or never needs to: that host is
+    off, say.
+    """
+    def __init__(
+        self,
+        *,
+        migration_id: _builtins.str = ...,
+        decision: Global___Decision.ValueType = ...,
+        peer_fenced: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "migration_id", b"migration_id", "peer_fenced", b"peer_fenced"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveMigrationRequest: _TypeAlias = ResolveMigrationRequest  # noqa: Y015
+
+@_typing.final
+class ResolveMigrationResponse(_message.Message):
+    """ResolveMigrationResponse shows both ends, this one first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___HandoverView]:
+        """What each end knows, after the decision was carried out."""
+
+    def __init__(
+        self,
+        *,
+        ends: _abc.Iterable[Global___HandoverView] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveMigrationResponse: _TypeAlias = ResolveMigrationResponse  # noqa: Y015
+
+@_typing.final
+class HandoverView(_message.Message):
+    """HandoverView is what one end knows of a guest's owner."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    REACHABLE_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    HANDED_OVER_FIELD_NUMBER: _builtins.int
+    VMM_ACTIVITY_FIELD_NUMBER: _builtins.int
+    PAGES_MISSING_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    role: Global___Role.ValueType
+    """Which end it is."""
+    host: _builtins.str
+    """The name of its host."""
+    reachable: _builtins.bool
+    """Whether it could be asked. Nothing below is set where not."""
+    known: _builtins.bool
+    """Whether it knows the migration."""
+    state: Global___MigrationState.ValueType
+    """Where the migration stands there."""
+    handed_over: _builtins.bool
+    """Its lasting record of the handover: at the source that the guest may have run at the destination, at the
+    destination that the guest is its own.
+    """
+    vmm_activity: _builtins.str
+    """What its VMM says that it is doing: "running", "paused", "incoming", or empty where it does not answer."""
+    pages_missing: _builtins.int
+    """Pages that the destination still lacks; 0 from a source."""
+    detail: _builtins.str
+    """What it has to say beside: why it cannot be reached, or its last trouble."""
+    def __init__(
+        self,
+        *,
+        role: Global___Role.ValueType = ...,
+        host: _builtins.str = ...,
+        reachable: _builtins.bool = ...,
+        known: _builtins.bool = ...,
+        state: Global___MigrationState.ValueType = ...,
+        handed_over: _builtins.bool = ...,
+        vmm_activity: _builtins.str = ...,
+        pages_missing: _builtins.int = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "handed_over", b"handed_over", "host", b"host", "known", b"known", "pages_missing", b"pages_missing", "reachable", b"reachable", "role", b"role", "state", b"state", "vmm_activity", b"vmm_activity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandoverView: _TypeAlias = HandoverView  # noqa: Y015

@@ -91,6 +91,11 @@ class MigrationServiceStub:
                 request_serializer=pageferry_dot_v1_dot_migration__pb2.SetLimitsRequest.SerializeToString,
                 response_deserializer=pageferry_dot_v1_dot_migration__pb2.SetLimitsResponse.FromString,
                 _registered_method=True)
+        self.ResolveMigration = channel.unary_unary(
+                '/pageferry.v1.MigrationService/ResolveMigration',
+                request_serializer=pageferry_dot_v1_dot_migration__pb2.ResolveMigrationRequest.SerializeToString,
+                response_deserializer=pageferry_dot_v1_dot_migration__pb2.ResolveMigrationResponse.FromString,
+                _registered_method=True)
 
 
 class MigrationServiceServicer:
@@ -178,6 +183,14 @@ class MigrationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResolveMigration(self, request, context):
+        """ResolveMigration shows what both ends know of a guest's owner, and where these cannot settle it between themselves
+        has the operator's decision carried out at this end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MigrationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -235,6 +248,11 @@ def add_MigrationServiceServicer_to_server(servicer, server):
                     servicer.SetLimits,
                     request_deserializer=pageferry_dot_v1_dot_migration__pb2.SetLimitsRequest.FromString,
                     response_serializer=pageferry_dot_v1_dot_migration__pb2.SetLimitsResponse.SerializeToString,
+            ),
+            'ResolveMigration': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResolveMigration,
+                    request_deserializer=pageferry_dot_v1_dot_migration__pb2.ResolveMigrationRequest.FromString,
+                    response_serializer=pageferry_dot_v1_dot_migration__pb2.ResolveMigrationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -536,6 +554,33 @@ class MigrationService:
             '/pageferry.v1.MigrationService/SetLimits',
             pageferry_dot_v1_dot_migration__pb2.SetLimitsRequest.SerializeToString,
             pageferry_dot_v1_dot_migration__pb2.SetLimitsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResolveMigration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pageferry.v1.MigrationService/ResolveMigration',
+            pageferry_dot_v1_dot_migration__pb2.ResolveMigrationRequest.SerializeToString,
+            pageferry_dot_v1_dot_migration__pb2.ResolveMigrationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -63,6 +63,10 @@ class MigrationServiceStub:
     """ResumeMigration makes a migration in POSTCOPY_PAUSED reconnect now."""
     SetLimits: _grpc.UnaryUnaryMultiCallable[_migration_pb2.SetLimitsRequest, _migration_pb2.SetLimitsResponse]
     """SetLimits changes the limits of a migration that is under way."""
+    ResolveMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ResolveMigrationRequest, _migration_pb2.ResolveMigrationResponse]
+    """ResolveMigration shows what both ends know of a guest's owner, and where these cannot settle it between themselves
+    has the operator's decision carried out at this end.
+    """
 
 @_typing.type_check_only
 class MigrationServiceAsyncStub(MigrationServiceStub):
@@ -99,6 +103,10 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     """ResumeMigration makes a migration in POSTCOPY_PAUSED reconnect now."""
     SetLimits: _aio.UnaryUnaryMultiCallable[_migration_pb2.SetLimitsRequest, _migration_pb2.SetLimitsResponse]  # type: ignore[assignment]
     """SetLimits changes the limits of a migration that is under way."""
+    ResolveMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.ResolveMigrationRequest, _migration_pb2.ResolveMigrationResponse]  # type: ignore[assignment]
+    """ResolveMigration shows what both ends know of a guest's owner, and where these cannot settle it between themselves
+    has the operator's decision carried out at this end.
+    """
 
 class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
     """MigrationService is served by every sidecar. Migrations are started at the source; both sidecars know them by the
@@ -198,5 +206,15 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_migration_pb2.SetLimitsResponse, _abc.Awaitable[_migration_pb2.SetLimitsResponse]]:
         """SetLimits changes the limits of a migration that is under way."""
+
+    @_abc_1.abstractmethod
+    def ResolveMigration(
+        self,
+        request: _migration_pb2.ResolveMigrationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_migration_pb2.ResolveMigrationResponse, _abc.Awaitable[_migration_pb2.ResolveMigrationResponse]]:
+        """ResolveMigration shows what both ends know of a guest's owner, and where these cannot settle it between themselves
+        has the operator's decision carried out at this end.
+        """
 
 def add_MigrationServiceServicer_to_server(servicer: MigrationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

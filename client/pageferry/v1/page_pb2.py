@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from pageferry.v1 import memory_pb2 as pageferry_dot_v1_dot_memory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pageferry/v1/page.proto\x12\x0cpageferry.v1\x1a\x19pageferry/v1/memory.proto\"\x12\n\x10GetLayoutRequest\"?\n\x11GetLayoutResponse\x12*\n\x06layout\x18\x01 \x01(\x0b\x32\x1a.pageferry.v1.MemoryLayout\"=\n\x11\x46\x65tchPagesRequest\x12\x13\n\x0b\x66irst_pages\x18\x01 \x03(\x06\x12\x13\n\x0bpage_counts\x18\x02 \x03(\x07\"[\n\x12\x46\x65tchPagesResponse\x12\x13\n\x0b\x66irst_pages\x18\x01 \x03(\x06\x12\x13\n\x0bpage_counts\x18\x02 \x03(\x07\x12\r\n\x05kinds\x18\x03 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"R\n\x10PushPagesRequest\x12\x13\n\x0b\x66irst_pages\x18\x01 \x03(\x06\x12\x13\n\x0bpage_counts\x18\x02 \x03(\x07\x12\x14\n\x0c\x63redit_bytes\x18\x03 \x01(\x04\"h\n\x11PushPagesResponse\x12\x13\n\x0b\x66irst_pages\x18\x01 \x03(\x06\x12\x13\n\x0bpage_counts\x18\x02 \x03(\x07\x12\r\n\x05kinds\x18\x03 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x0c\n\x04last\x18\x05 \x01(\x08\"#\n\x12\x45xportPagesRequest\x12\r\n\x05pages\x18\x01 \x03(\x06\"@\n\x13\x45xportPagesResponse\x12)\n\x07\x62undles\x18\x01 \x03(\x0b\x32\x18.pageferry.v1.PageBundle\"]\n\nPageBundle\x12\r\n\x05pages\x18\x01 \x03(\x06\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x10\n\x08metadata\x18\x03 \x01(\x0c\x12\x0e\n\x06stream\x18\x04 \x01(\r\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\" \n\x0f\x43ompleteRequest\x12\r\n\x05pages\x18\x01 \x01(\x04\"\x12\n\x10\x43ompleteResponse\"R\n\tLaneHello\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12 \n\x04lane\x18\x03 \x01(\x0e\x32\x12.pageferry.v1.Lane*<\n\x04Lane\x12\x14\n\x10LANE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bLANE_DEMAND\x10\x01\x12\r\n\tLANE_PUSH\x10\x02\x32\xa1\x03\n\x0bPageService\x12L\n\tGetLayout\x12\x1e.pageferry.v1.GetLayoutRequest\x1a\x1f.pageferry.v1.GetLayoutResponse\x12S\n\nFetchPages\x12\x1f.pageferry.v1.FetchPagesRequest\x1a .pageferry.v1.FetchPagesResponse(\x01\x30\x01\x12P\n\tPushPages\x12\x1e.pageferry.v1.PushPagesRequest\x1a\x1f.pageferry.v1.PushPagesResponse(\x01\x30\x01\x12R\n\x0b\x45xportPages\x12 .pageferry.v1.ExportPagesRequest\x1a!.pageferry.v1.ExportPagesResponse\x12I\n\x08\x43omplete\x12\x1d.pageferry.v1.CompleteRequest\x1a\x1e.pageferry.v1.CompleteResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pageferry/v1/page.proto\x12\x0cpageferry.v1\x1a\x19pageferry/v1/memory.proto\"\x12\n\x10GetLayoutRequest\"?\n\x11GetLayoutResponse\x12*\n\x06layout\x18\x01 \x01(\x0b\x32\x1a.pageferry.v1.MemoryLayout\"=\n\x11\x46\x65tchPagesRequest\x12\x13\n\x0b\x66irst_pages\x18\x01 \x03(\x06\x12\x13\n\x0bpage_counts\x18\x02 \x03(\x07\"n\n\x12\x46\x65tchPagesResponse\x12\x13\n\x0b\x66irst_pages\x18\x01 \x03(\x06\x12\x13\n\x0bpage_counts\x18\x02 \x03(\x07\x12\r\n\x05kinds\x18\x03 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x11\n\tchecksums\x18\x06 \x03(\x06\"R\n\x10PushPagesRequest\x12\x13\n\x0b\x66irst_pages\x18\x01 \x03(\x06\x12\x13\n\x0bpage_counts\x18\x02 \x03(\x07\x12\x14\n\x0c\x63redit_bytes\x18\x03 \x01(\x04\"{\n\x11PushPagesResponse\x12\x13\n\x0b\x66irst_pages\x18\x01 \x03(\x06\x12\x13\n\x0bpage_counts\x18\x02 \x03(\x07\x12\r\n\x05kinds\x18\x03 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x0c\n\x04last\x18\x05 \x01(\x08\x12\x11\n\tchecksums\x18\x06 \x03(\x06\"#\n\x12\x45xportPagesRequest\x12\r\n\x05pages\x18\x01 \x03(\x06\"@\n\x13\x45xportPagesResponse\x12)\n\x07\x62undles\x18\x01 \x03(\x0b\x32\x18.pageferry.v1.PageBundle\"]\n\nPageBundle\x12\r\n\x05pages\x18\x01 \x03(\x06\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x10\n\x08metadata\x18\x03 \x01(\x0c\x12\x0e\n\x06stream\x18\x04 \x01(\r\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\" \n\x0f\x43ompleteRequest\x12\r\n\x05pages\x18\x01 \x01(\x04\"\x12\n\x10\x43ompleteResponse\"R\n\tLaneHello\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12 \n\x04lane\x18\x03 \x01(\x0e\x32\x12.pageferry.v1.Lane*<\n\x04Lane\x12\x14\n\x10LANE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bLANE_DEMAND\x10\x01\x12\r\n\tLANE_PUSH\x10\x02\x32\xa1\x03\n\x0bPageService\x12L\n\tGetLayout\x12\x1e.pageferry.v1.GetLayoutRequest\x1a\x1f.pageferry.v1.GetLayoutResponse\x12S\n\nFetchPages\x12\x1f.pageferry.v1.FetchPagesRequest\x1a .pageferry.v1.FetchPagesResponse(\x01\x30\x01\x12P\n\tPushPages\x12\x1e.pageferry.v1.PushPagesRequest\x1a\x1f.pageferry.v1.PushPagesResponse(\x01\x30\x01\x12R\n\x0b\x45xportPages\x12 .pageferry.v1.ExportPagesRequest\x1a!.pageferry.v1.ExportPagesResponse\x12I\n\x08\x43omplete\x12\x1d.pageferry.v1.CompleteRequest\x1a\x1e.pageferry.v1.CompleteResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pageferry.v1.page_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LANE']._serialized_start=835
-  _globals['_LANE']._serialized_end=895
+  _globals['_LANE']._serialized_start=873
+  _globals['_LANE']._serialized_end=933
   _globals['_GETLAYOUTREQUEST']._serialized_start=68
   _globals['_GETLAYOUTREQUEST']._serialized_end=86
   _globals['_GETLAYOUTRESPONSE']._serialized_start=88
@@ -41,23 +41,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FETCHPAGESREQUEST']._serialized_start=153
   _globals['_FETCHPAGESREQUEST']._serialized_end=214
   _globals['_FETCHPAGESRESPONSE']._serialized_start=216
-  _globals['_FETCHPAGESRESPONSE']._serialized_end=307
-  _globals['_PUSHPAGESREQUEST']._serialized_start=309
-  _globals['_PUSHPAGESREQUEST']._serialized_end=391
-  _globals['_PUSHPAGESRESPONSE']._serialized_start=393
-  _globals['_PUSHPAGESRESPONSE']._serialized_end=497
-  _globals['_EXPORTPAGESREQUEST']._serialized_start=499
-  _globals['_EXPORTPAGESREQUEST']._serialized_end=534
-  _globals['_EXPORTPAGESRESPONSE']._serialized_start=536
-  _globals['_EXPORTPAGESRESPONSE']._serialized_end=600
-  _globals['_PAGEBUNDLE']._serialized_start=602
-  _globals['_PAGEBUNDLE']._serialized_end=695
-  _globals['_COMPLETEREQUEST']._serialized_start=697
-  _globals['_COMPLETEREQUEST']._serialized_end=729
-  _globals['_COMPLETERESPONSE']._serialized_start=731
-  _globals['_COMPLETERESPONSE']._serialized_end=749
-  _globals['_LANEHELLO']._serialized_start=751
-  _globals['_LANEHELLO']._serialized_end=833
-  _globals['_PAGESERVICE']._serialized_start=898
-  _globals['_PAGESERVICE']._serialized_end=1315
+  _globals['_FETCHPAGESRESPONSE']._serialized_end=326
+  _globals['_PUSHPAGESREQUEST']._serialized_start=328
+  _globals['_PUSHPAGESREQUEST']._serialized_end=410
+  _globals['_PUSHPAGESRESPONSE']._serialized_start=412
+  _globals['_PUSHPAGESRESPONSE']._serialized_end=535
+  _globals['_EXPORTPAGESREQUEST']._serialized_start=537
+  _globals['_EXPORTPAGESREQUEST']._serialized_end=572
+  _globals['_EXPORTPAGESRESPONSE']._serialized_start=574
+  _globals['_EXPORTPAGESRESPONSE']._serialized_end=638
+  _globals['_PAGEBUNDLE']._serialized_start=640
+  _globals['_PAGEBUNDLE']._serialized_end=733
+  _globals['_COMPLETEREQUEST']._serialized_start=735
+  _globals['_COMPLETEREQUEST']._serialized_end=767
+  _globals['_COMPLETERESPONSE']._serialized_start=769
+  _globals['_COMPLETERESPONSE']._serialized_end=787
+  _globals['_LANEHELLO']._serialized_start=789
+  _globals['_LANEHELLO']._serialized_end=871
+  _globals['_PAGESERVICE']._serialized_start=936
+  _globals['_PAGESERVICE']._serialized_end=1353
 # @@protoc_insertion_point(module_scope)

@@ -125,6 +125,7 @@ class FetchPagesResponse(_message.Message):
     PAGE_COUNTS_FIELD_NUMBER: _builtins.int
     KINDS_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
     kinds: _builtins.bytes
     """One byte a run: its PageKind."""
     data: _builtins.bytes
@@ -137,6 +138,10 @@ class FetchPagesResponse(_message.Message):
     def page_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Length of each run, in pages."""
 
+    @_builtins.property
+    def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """XXH3 (64 bits, seed 0) of each page in data, in order, where the migration's policy asks for checksums."""
+
     def __init__(
         self,
         *,
@@ -144,10 +149,11 @@ class FetchPagesResponse(_message.Message):
         page_counts: _abc.Iterable[_builtins.int] | None = ...,
         kinds: _builtins.bytes = ...,
         data: _builtins.bytes = ...,
+        checksums: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "first_pages", b"first_pages", "kinds", b"kinds", "page_counts", b"page_counts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "data", b"data", "first_pages", b"first_pages", "kinds", b"kinds", "page_counts", b"page_counts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -198,6 +204,7 @@ class PushPagesResponse(_message.Message):
     KINDS_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
     kinds: _builtins.bytes
     """One byte a run: its PageKind."""
     data: _builtins.bytes
@@ -214,6 +221,10 @@ class PushPagesResponse(_message.Message):
     def page_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Length of each run, in pages."""
 
+    @_builtins.property
+    def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """XXH3 (64 bits, seed 0) of each page in data, in order, where the migration's policy asks for checksums."""
+
     def __init__(
         self,
         *,
@@ -222,10 +233,11 @@ class PushPagesResponse(_message.Message):
         kinds: _builtins.bytes = ...,
         data: _builtins.bytes = ...,
         last: _builtins.bool = ...,
+        checksums: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "first_pages", b"first_pages", "kinds", b"kinds", "last", b"last", "page_counts", b"page_counts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "data", b"data", "first_pages", b"first_pages", "kinds", b"kinds", "last", b"last", "page_counts", b"page_counts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -30,7 +30,7 @@ class PageServiceStub:
     `pageferry-migration` (the migration's id) and `pageferry-token-bin` (its secret, given in PrepareRequest), and the
     caller's certificate must bear the name of the destination that the migration was started with.
 
-    FetchPages and PushPages answer with the same four columns, numbered alike, one entry a run of pages.
+    FetchPages and PushPages answer with the same columns, numbered alike, one entry a run of pages.
     """
 
     def __init__(self, channel):
@@ -71,7 +71,7 @@ class PageServiceServicer:
     `pageferry-migration` (the migration's id) and `pageferry-token-bin` (its secret, given in PrepareRequest), and the
     caller's certificate must bear the name of the destination that the migration was started with.
 
-    FetchPages and PushPages answer with the same four columns, numbered alike, one entry a run of pages.
+    FetchPages and PushPages answer with the same columns, numbered alike, one entry a run of pages.
     """
 
     def GetLayout(self, request, context):
@@ -153,7 +153,7 @@ class PageService:
     `pageferry-migration` (the migration's id) and `pageferry-token-bin` (its secret, given in PrepareRequest), and the
     caller's certificate must bear the name of the destination that the migration was started with.
 
-    FetchPages and PushPages answer with the same four columns, numbered alike, one entry a run of pages.
+    FetchPages and PushPages answer with the same columns, numbered alike, one entry a run of pages.
     """
 
     @staticmethod

@@ -31,7 +31,7 @@ class PageServiceStub:
     `pageferry-migration` (the migration's id) and `pageferry-token-bin` (its secret, given in PrepareRequest), and the
     caller's certificate must bear the name of the destination that the migration was started with.
 
-    FetchPages and PushPages answer with the same four columns, numbered alike, one entry a run of pages.
+    FetchPages and PushPages answer with the same columns, numbered alike, one entry a run of pages.
     """
 
     @_typing.overload
@@ -61,7 +61,7 @@ class PageServiceAsyncStub(PageServiceStub):
     `pageferry-migration` (the migration's id) and `pageferry-token-bin` (its secret, given in PrepareRequest), and the
     caller's certificate must bear the name of the destination that the migration was started with.
 
-    FetchPages and PushPages answer with the same four columns, numbered alike, one entry a run of pages.
+    FetchPages and PushPages answer with the same columns, numbered alike, one entry a run of pages.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -87,7 +87,7 @@ class PageServiceServicer(metaclass=_abc_1.ABCMeta):
     `pageferry-migration` (the migration's id) and `pageferry-token-bin` (its secret, given in PrepareRequest), and the
     caller's certificate must bear the name of the destination that the migration was started with.
 
-    FetchPages and PushPages answer with the same four columns, numbered alike, one entry a run of pages.
+    FetchPages and PushPages answer with the same columns, numbered alike, one entry a run of pages.
     """
 
     @_abc_1.abstractmethod

@@ -66,8 +66,18 @@ class Limits(BaseModel):
     """Seconds that the destination may take to ready its VMM."""
     handover_timeout: Seconds = 30.0
     """Seconds that the handover may take before it is undone."""
-    max_migrations: int = Field(default=64, ge=1, le=4096)
-    """Most migrations under way at once, of both roles."""
+    max_migrations: int = Field(default=256, ge=1, le=4096)
+    """Most migrations that are under way or wait for their turn, of both roles."""
+    max_outgoing: int = Field(default=16, ge=1, le=4096)
+    """Most guests that leave at once; others wait for their turn."""
+    max_incoming: int = Field(default=16, ge=1, le=4096)
+    """Most guests that come at once; others wait at their sources."""
+    host_push_bytes_per_second: int = Field(default=0, ge=0)
+    """Most bytes a second that the push lanes of all guests that come move together; 0 is unlimited."""
+    on_loss: Annotated[Literal["wait", "kill"], InLowerCase] = "wait"
+    """What becomes of a guest here whose missing pages cannot be had, where its migration does not say."""
+    loss_seconds: int = Field(default=300, ge=1, le=31_536_000)
+    """How long a source may be gone before that happens, where its migration does not say."""
 
     @model_validator(mode="after")
     def _check_backoff(self) -> Limits:
@@ -107,6 +117,8 @@ class Settings(BaseSettings):
     """Names in certificates that may call the incoming and the page service; empty allows any of the CA."""
     operators: Names = []
     """Names in certificates that may call the migration service; empty allows any of the CA."""
+    viewers: Names = []
+    """Names in certificates that may look at migrations and guests, and change nothing."""
     log_format: Annotated[Literal["json", "console"], InLowerCase] = "json"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], InLowerCase] = "info"
     limits: Limits = Limits()

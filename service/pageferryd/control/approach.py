@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import incoming_pb2
 from pageferryd.control.arrival import Arrival
+from pageferryd.control.arrivals_journal import Arriving
 from pageferryd.control.fitting import refuse_unfit
-from pageferryd.control.journal import Arriving
 from pageferryd.control.landing import Landing, Waiting
 from pageferryd.control.limits import session_options
 from pageferryd.control.view import layout_of
@@ -19,6 +19,7 @@ from pageferryd.destination.grpc_lanes import GrpcLaneOpener
 from pageferryd.destination.page_calls import Source
 from pageferryd.destination.socket_lanes import SocketLaneOpener
 from pageferryd.linux.pidfd import PidFd
+from pageferryd.linux.proc import started_at
 from pageferryd.linux.userfaultfd import find_userfaultfd
 from pageferryd.source.page_service import layout_to_proto
 from pageferryd.vmm.driver import GuardedMemory
@@ -44,6 +45,7 @@ class Approach:
         self._landing: Landing | None = None
         self.arrival: Arrival | None = None
         self._pid = 0
+        self._started = 0
         self._noted = False
         self.touched = False
         """Whether the VMM knows of this migration, and can serve no other."""
@@ -55,7 +57,7 @@ class Approach:
         """
         self._request = request
         description = await self._guest.driver.describe()
-        self._pid = description.pid
+        self._pid, self._started = description.pid, started_at(description.pid)
         theirs = _layout_in(request.layout) if request.HasField("layout") else None
         refuse_unfit(self._guest, description, request, theirs)
         refuse_ended()
@@ -83,15 +85,17 @@ class Approach:
 
     async def retake(self, arriving: Arriving) -> Arrival:
         """Take the memory of a VMM again that an earlier sidecar was filling. FerryError: VMM_GONE, HANDOFF_*."""
-        self._request, self._pid = arriving.prepare, arriving.pid
+        self._request, self._pid, self._started = arriving.prepare, arriving.pid, arriving.started
         self.touched = True
+        if not arriving.alive:
+            raise FerryError(Reason.VMM_GONE, f"the VMM (process {arriving.pid}) ended while nobody looked")
         layout = _layout_in(arriving.layout)
         landing = await Landing.open(self._waiting(layout), self._name, self._around.settings, self._opener(layout))
         self._landing = landing
         await self._arrive(_retake(landing, arriving))
         arrival = self.arrived()
         await arrival.look_what_is_there()
-        for first, pages in self._around.journal.discards(self._name):
+        for first, pages in self._around.journal.arrivals.discards(self._name):
             arrival.session.intake.restore(first, pages)
         arrival.wake_all()
         return arrival
@@ -108,7 +112,9 @@ class Approach:
             return
         layout = layout_to_proto(self.arrival.session.pager.layout)
         addresses = self.arrival.guarded_addresses
-        self._around.journal.ready(Arriving(self._guest.address, self._pid, self._request, layout, addresses))
+        self._around.journal.arrivals.ready(
+            Arriving(self._guest.address, self._pid, self._started, self._request, layout, addresses)
+        )
         self._noted = True
 
     async def abandon(self) -> None:
@@ -118,6 +124,11 @@ class Approach:
             await landing.abandon()
         if self.arrival is not None:
             await self.arrival.abandon()
+
+    @property
+    def source_address(self) -> str:
+        """Where the source's sidecar is reached."""
+        return self._request.page_address
 
     @property
     def _name(self) -> str:
@@ -157,7 +168,7 @@ class Approach:
             if landing is None:
                 raise FerryError(Reason.ILLEGAL_STATE, f"migration {self._name} has nowhere to land")
             options = session_options(self._request.limits, self._around.settings.limits)
-            note = partial(self._around.journal.discarded, self._name)
+            note = partial(self._around.journal.arrivals.discarded, self._name)
             self.arrival = await Arrival.of(landing, asked, options, self._paused, note)
             if arrived is not None:
                 arrived(self.arrival)

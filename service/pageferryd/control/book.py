@@ -43,6 +43,12 @@ class MigrationBook:
                 Reason.TOO_MANY_MIGRATIONS, f"{active} migrations are under way, which is the limit: try again later"
             )
 
+    def check_incoming_room(self, most: int) -> None:
+        """Raise FerryError(TOO_MANY_MIGRATIONS) when as many guests come here as may; sources ask again."""
+        coming = sum(1 for mover in self.active() if isinstance(mover, Incoming))
+        if coming >= most:
+            raise FerryError(Reason.TOO_MANY_MIGRATIONS, f"{coming} guests come here, which is the limit")
+
     def add(self, mover: Mover) -> None:
         """Keep a new migration; forget the oldest that ended where there are too many."""
         self._movers[mover.record.migration_id] = mover

@@ -45,6 +45,9 @@ class Following:
                             return
                 error = FerryError(Reason.DESTINATION_UNREACHABLE, "the destination stopped reporting")
             except FerryError as lost:
+                if lost.reason is Reason.GIVEN_UP:
+                    self.failure = lost
+                    return
                 error = lost
             self._mark_paused(error)
             await asyncio.sleep(backoff)

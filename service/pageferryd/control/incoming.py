@@ -9,50 +9,30 @@ from typing import TYPE_CHECKING
 import structlog
 
 from pageferry.errors import FerryError, Reason
-from pageferryd.control.approach import Approach
-from pageferryd.control.figures import figures_of
+from pageferryd.control.incoming_end import IncomingEnd
 from pageferryd.control.limits import pacing_options
-from pageferryd.control.view import RateMeter, add_session, migration_of
 from pageferryd.core.lifecycle import State
-from pageferryd.linux.collapse import big_bytes, collapse
 
 if TYPE_CHECKING:
     from pageferry.v1 import incoming_pb2, migration_pb2
-    from pageferryd.config import Limits
     from pageferryd.control.arrival import Arrival
-    from pageferryd.control.journal import Arriving
+    from pageferryd.control.arrivals_journal import Arriving
     from pageferryd.control.record import MigrationRecord
     from pageferryd.control.registry import Guest
     from pageferryd.control.surroundings import Surroundings
-    from pageferryd.core.figures import Figures
 
 _log = structlog.get_logger(__name__)
 
-_COLLAPSE_SECONDS = 2.0
-"""How long the end of a migration waits for huge mappings; they go on being made after that."""
 
-
-class Incoming:
+class Incoming(IncomingEnd):
     """One guest that comes to this host."""
 
     def __init__(self, record: MigrationRecord, guest: Guest, around: Surroundings) -> None:
-        self.record = record
-        self._guest = guest
-        self._around = around
+        super().__init__(record, guest, around)
         self._loop = asyncio.get_running_loop()
-        self._approach = Approach(guest, around, self._paused)
-        self._task: asyncio.Task[None] | None = None
-        self._deadline: asyncio.TimerHandle | None = None
-        self._giving_up: asyncio.Task[None] | None = None
         self._no_commits: asyncio.Task[None] | None = None
-        self._collapsing: asyncio.Task[None] | None = None
-        self._committed = False
         self._running = False
-        self._resumed_at = 0.0
-        self._rate = RateMeter(time.monotonic)
         self._turn = asyncio.Lock()
-        self._last: migration_pb2.Migration | None = None
-        self.final_figures: Figures | None = None
 
     # The four steps of IncomingService
 
@@ -116,6 +96,10 @@ class Incoming:
             await self._clean_up()
             self._refuse_ended()
 
+    def _no_commit(self) -> None:
+        error = FerryError(Reason.HANDOFF_TIMEOUT, "the source prepared a migration here and never committed it")
+        self._no_commits = asyncio.create_task(self._give_up(error))
+
     def _serve(self, arrival: Arrival) -> None:
         arrival.session.open_doors()
         self._task = asyncio.create_task(self._run(arrival))
@@ -137,10 +121,9 @@ class Incoming:
     def _become_owner(self) -> None:
         record = self.record
         if record.state.final:
-            why = record.error.message if record.error is not None else "it was given up"
-            raise FerryError(Reason.NEVER_RAN, f"migration {record.migration_id} ended before its commit: {why}")
+            raise never_ran(record.migration_id, record.error.message if record.error is not None else "")
         record.lifecycle.require(State.HANDING_OVER)
-        self._around.journal.owns(record.migration_id)
+        self._journal.owns(record.migration_id)
         record.lifecycle.to(State.POSTCOPY)
         self._committed = True
         if self._deadline is not None:
@@ -148,6 +131,7 @@ class Incoming:
         if record.error is not None:
             # The lanes were lost meanwhile.
             record.lifecycle.to(State.POSTCOPY_PAUSED)
+            self._loss.gone()
 
     async def go_on(self, arriving: Arriving) -> None:
         """Fill on the memory of a guest that became this host's before an earlier sidecar of it ended.
@@ -168,11 +152,22 @@ class Incoming:
                 arrival.session.start_push()
             except FerryError as error:
                 _log.error("migration_not_resumed", migration=record.migration_id, detail=error.message)
-                if self.arrival is not None:
-                    await self._break_off(self.arrival, error)
-                record.fail(error)
-                if error.reason is Reason.VMM_GONE:
-                    self._around.journal.ended(record.migration_id)
+                await self._break_off(error)
+
+    async def give_up_owned(self, why: str) -> None:
+        """End the guest here, as an operator has decided. FerryError(ILLEGAL_STATE) where there is nothing to decide.
+
+        FerryError(VMM_*) where its VMM cannot be ended: nothing has changed then.
+        """
+        record = self.record
+        stuck = record.state is State.POSTCOPY_PAUSED or (record.state is State.FAILED and not self._lost)
+        if not self._committed or not stuck:
+            raise FerryError(
+                Reason.ILLEGAL_STATE,
+                f"migration {record.migration_id} is {record.state.name} here: only a guest that waits for a source "
+                "that is gone, or whose migration has failed, can be given up",
+            )
+        await self._lose(FerryError(Reason.GIVEN_UP, why))
 
     async def abort(self, reason: str) -> None:
         """Give up, since the source does."""
@@ -182,6 +177,8 @@ class Incoming:
             )
         # Not in turn: a LoadState that hangs must not keep the source from taking its guest back.
         await self._give_up(FerryError(Reason.ABORTED_BY_SOURCE, reason or "the source gave no reason"))
+        # The source knows: it need not be remembered for it.
+        self._journal.completed(self.record.migration_id)
 
     # What may happen later
 
@@ -198,25 +195,9 @@ class Incoming:
         self._approach.arrived().session.set_pacing(pacing_options(limits, self._limits))
         self.record.changes.notify()
 
-    def view(self) -> migration_pb2.Migration:
-        """Return the migration as it stands."""
-        message = migration_of(self.record)
-        if self.arrival is not None:
-            session = self.arrival.session
-            add_session(message, session, self._rate.rate(session.pager.counts.push_bytes))
-        elif self._last is not None:
-            message.progress.MergeFrom(self._last.progress)
-            message.memory_map.CopyFrom(self._last.memory_map)
-            message.fault_latencies.extend(self._last.fault_latencies)
-        return message
-
-    @property
-    def arrival(self) -> Arrival | None:
-        """The guest's memory while it comes."""
-        return self._approach.arrival
-
     async def stop(self) -> None:
         """The sidecar ends: stop, with missing pages guarded for as long as the VMM keeps its userfaultfd."""
+        self._loss.back()
         # A guest that has not run here goes on at its source, and nobody may commit it any more.
         await self._give_up(FerryError(Reason.SHUTTING_DOWN, "the destination's sidecar is shutting down"))
         if self._deadline is not None:
@@ -227,122 +208,15 @@ class Incoming:
         if self.arrival is not None:
             await self.arrival.hold()
 
-    async def _run(self, arrival: Arrival) -> None:
-        """Fill the memory to the end; whatever goes wrong ends in a state of the record."""
-        record = self.record
-        try:
-            await arrival.session.run()
-            await self._finish(arrival)
-        except FerryError as error:
-            await self._break_off(arrival, error)
-        except Exception as error:
-            _log.exception("migration_broke", migration=record.migration_id)
-            await self._break_off(arrival, FerryError(Reason.INTERNAL, f"{type(error).__name__}: {error}"))
 
-    async def _finish(self, arrival: Arrival) -> None:
-        """Every page is in, and the source knows."""
-        record = self.record
-        record.postcopy_seconds = time.monotonic() - self._resumed_at
-        await arrival.let_go()
-        self._around.journal.ended(record.migration_id)
-        self._forget_arrival()
-        self._guest.migration_id = None
-        record.error = None
-        try:
-            await self._guest.driver.detach_pager()
-        except FerryError as error:
-            _log.warning("vmm_keeps_userfaultfd", migration=record.migration_id, detail=error.message)
-        if self._around.settings.collapse_memory:
-            self._collapsing = asyncio.create_task(self._collapse(arrival))
-            await asyncio.wait([self._collapsing], timeout=_COLLAPSE_SECONDS)
-        record.lifecycle.to(State.COMPLETED)
-        _log.info("migration_completed", migration=record.migration_id, guest=record.guest_id)
+def never_ran(migration_id: str, why: str) -> FerryError:
+    """Return what a source is told that commits a guest which this host gave up before."""
+    return FerryError(Reason.NEVER_RAN, f"migration {migration_id} ended before its commit: {why or 'it was given up'}")
 
-    async def _collapse(self, arrival: Arrival) -> None:
-        """Have small mappings put back together; the guest runs meanwhile, and need not wait for it to be complete."""
-        await asyncio.to_thread(collapse, arrival.pid, arrival.spans)
-        self.record.huge_bytes = await asyncio.to_thread(big_bytes, arrival.pid, arrival.spans)
-        self.record.changes.notify()
 
-    async def _break_off(self, arrival: Arrival, error: FerryError) -> None:
-        """The memory cannot be completed: end it without ever showing the guest a page that is not its own."""
-        if not self._committed:
-            await self._give_up(error)
-            return
-        if error.reason is Reason.VMM_GONE:
-            await arrival.abandon()
-            self._around.journal.ended(self.record.migration_id)
-            self._forget_arrival()
-            await self._around.guests.forget(self._guest)
-            self._let_guest_go()
-        else:
-            # The guest stays this migration's: its memory is not whole, and must not be read.
-            await arrival.hold()
-        self.record.fail(error)
-        _log.error("migration_failed", migration=self.record.migration_id, reason=error.reason, detail=error.message)
-
-    def _no_commit(self) -> None:
-        error = FerryError(Reason.HANDOFF_TIMEOUT, "the source prepared a migration here and never committed it")
-        self._no_commits = asyncio.create_task(self._give_up(error))
-
-    async def _give_up(self, error: FerryError) -> None:
-        """End it before the guest ran here. A VMM that handed its memory over can serve no other migration: kill it."""
-        record = self.record
-        if self._committed:
-            return
-        if not record.state.final:
-            record.fail(error)
-            _log.warning("migration_given_up", migration=record.migration_id, reason=error.reason, detail=error.message)
-            if self._deadline is not None:
-                self._deadline.cancel()
-            serving = self._task if self._task is not asyncio.current_task() else None
-            self._giving_up = asyncio.create_task(self._stop_and_clean_up(serving))
-        if self._giving_up is not None:
-            # Whoever asked may take the call back: what was begun is ended.
-            await asyncio.shield(self._giving_up)
-
-    async def _stop_and_clean_up(self, serving: asyncio.Task[None] | None) -> None:
-        if serving is not None:
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
-            # A task keeps how it was cancelled, and the connections of those frames with that.
-            self._task = None
-        await self._clean_up()
-
-    async def _clean_up(self) -> None:
-        if self._approach.touched:
-            await self._kill()
-        await self._approach.abandon()
-        self._around.journal.ended(self.record.migration_id)
-        self._forget_arrival()
-        self._let_guest_go()
-
-    def _let_guest_go(self) -> None:
-        if self._guest.migration_id == self.record.migration_id:
-            self._guest.migration_id = None
-
-    async def _kill(self) -> None:
-        try:
-            await self._guest.driver.kill()
-        except FerryError as error:
-            _log.warning("vmm_not_killed", migration=self.record.migration_id, detail=error.message)
-        await self._around.guests.forget(self._guest)
-
-    def _forget_arrival(self) -> None:
-        """Keep the last figures, and let the bookkeeping of every page go."""
-        self._last = self.view()
-        if self.arrival is not None:
-            self.final_figures = figures_of(self.arrival)
-        self._approach.arrival = None
-
-    def _paused(self, error: FerryError | None) -> None:
-        record = self.record
-        record.trouble(error)
-        if error is not None and record.state is State.POSTCOPY:
-            record.lifecycle.to(State.POSTCOPY_PAUSED)
-        elif error is None and record.state is State.POSTCOPY_PAUSED:
-            record.lifecycle.to(State.POSTCOPY)
-
-    @property
-    def _limits(self) -> Limits:
-        return self._around.settings.limits
+def given_up(migration_id: str, why: str) -> FerryError:
+    """Return what a source is told of a guest that was this host's and is lost here."""
+    return FerryError(
+        Reason.GIVEN_UP,
+        f"migration {migration_id}: the guest was this host's, and was given up: {why or 'see its log'}",
+    )

@@ -11,11 +11,13 @@ from pageferry import __version__
 from pageferry.errors import FerryError, Reason
 from pageferry.tls import peer_names
 from pageferry.v1 import incoming_pb2, incoming_pb2_grpc, migration_pb2
-from pageferryd.control.incoming import Incoming
+from pageferryd.control.incoming import Incoming, given_up, never_ran
 from pageferryd.control.limits import check_limits
+from pageferryd.control.loss import check_policy
 from pageferryd.control.peer import PROTOCOL_VERSION
 from pageferryd.control.preflight import check_host
 from pageferryd.control.record import MigrationRecord
+from pageferryd.control.resolving import view_here
 from pageferryd.control.watching import watch
 from pageferryd.source.served import TOKEN_BYTES
 
@@ -103,20 +105,12 @@ class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
     def _check_acceptable(self, migration_id: str) -> None:
         self._drain.check()
         self._book.check_room()
+        self._book.check_incoming_room(self._around.settings.limits.max_incoming)
         if self._book.knows(migration_id):
             raise FerryError(Reason.ILLEGAL_STATE, f"migration {migration_id} is known here already")
 
     def _begin(self, request: incoming_pb2.PrepareRequest) -> Incoming:
-        record = MigrationRecord(
-            migration_id=request.migration_id,
-            request_id="",
-            guest_id=request.guest_id,
-            role=migration_pb2.ROLE_DESTINATION,
-            source_name=request.source_name,
-            destination_name=self._around.settings.host,
-            destination_address="",
-            limits=request.limits,
-        )
+        record = MigrationRecord.of_arriving(request, self._around.settings.host)
         guest = self._around.guests.claim(request.guest_id, request.migration_id)
         incoming = Incoming(record, guest, self._around)
         self._book.add(incoming)
@@ -142,6 +136,8 @@ class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
         self, request: incoming_pb2.AbortRequest, context: _Context
     ) -> incoming_pb2.AbortResponse:
         """Give up."""
+        if not self._book.knows(request.migration_id) and self._forget(request.migration_id, context):
+            return incoming_pb2.AbortResponse()
         await self._find(request.migration_id, context).abort(request.reason[:512])
         return incoming_pb2.AbortResponse()
 
@@ -167,10 +163,70 @@ class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
         self._find(request.migration_id, context).limit(request.limits)
         return incoming_pb2.LimitResponse()
 
+    async def DescribeHandover(  # noqa: N802
+        self, request: incoming_pb2.DescribeHandoverRequest, context: _Context
+    ) -> incoming_pb2.DescribeHandoverResponse:
+        """Tell what is known of the guest's owner."""
+        if not self._book.knows(request.migration_id):
+            return incoming_pb2.DescribeHandoverResponse(view=self._remembered(request.migration_id, context))
+        mover = self._book.get(request.migration_id)
+        record = mover.record
+        _check_name(record.source_name if isinstance(mover, Incoming) else record.destination_name, context)
+        return incoming_pb2.DescribeHandoverResponse(view=await view_here(mover, self._around.settings.host))
+
+    def _remembered(self, migration_id: str, context: _Context) -> migration_pb2.HandoverView:
+        """Tell of a guest that never ran here, or was lost, under an earlier sidecar."""
+        view = migration_pb2.HandoverView(
+            role=migration_pb2.ROLE_DESTINATION, host=self._around.settings.host, reachable=True
+        )
+        try:
+            self._refuse_remembered(migration_id, context)
+        except FerryError as told:
+            view.known = True
+            view.state = migration_pb2.MIGRATION_STATE_FAILED
+            # A note that nobody can read may say that the guest is this host's.
+            view.handed_over = told.reason is Reason.JOURNAL_UNREADABLE
+            view.detail = told.message
+        return view
+
+    def _refuse_remembered(self, migration_id: str, context: _Context) -> None:
+        """Raise what a source is told of a migration that ended here, or that cannot be known, if there is a note."""
+        if not _is_id(migration_id):
+            return
+        arrivals = self._around.journal.arrivals
+        if arrivals.unreadable(migration_id):
+            raise FerryError(
+                Reason.JOURNAL_UNREADABLE,
+                f"migration {migration_id}: what this host has noted of it cannot be read, so whether the guest is its "
+                "own cannot be known: an operator must decide (pageferry resolve)",
+            )
+        never, lost = arrivals.ended_before(migration_id), arrivals.was_lost(migration_id)
+        if never is not None:
+            _check_name(never.source_name, context)
+            raise never_ran(migration_id, "")
+        if lost is not None:
+            _check_name(lost.source_name, context)
+            raise given_up(migration_id, "")
+
+    def _forget(self, migration_id: str, context: _Context) -> bool:
+        """Forget a guest that never ran here, as its source knows now; return whether there was one."""
+        never = self._around.journal.arrivals.ended_before(migration_id) if _is_id(migration_id) else None
+        if never is None:
+            return False
+        _check_name(never.source_name, context)
+        self._around.journal.arrivals.completed(migration_id)
+        return True
+
     def _find(self, migration_id: str, context: _Context) -> Incoming:
+        if not self._book.knows(migration_id):
+            self._refuse_remembered(migration_id, context)
         incoming = self._book.incoming(migration_id)
         _check_name(incoming.record.source_name, context)
         return incoming
+
+
+def _is_id(migration_id: str) -> bool:
+    return re.fullmatch(_MIGRATION_ID, migration_id) is not None
 
 
 def _check_name(source_name: str, context: _Context) -> None:
@@ -182,7 +238,8 @@ def _check_name(source_name: str, context: _Context) -> None:
 
 def _check_prepare(request: incoming_pb2.PrepareRequest) -> None:
     check_limits(request.limits)
-    if not re.fullmatch(_MIGRATION_ID, request.migration_id):
+    check_policy(request.policy)
+    if not _is_id(request.migration_id):
         raise FerryError(Reason.INVALID_ARGUMENT, "migration_id must be 1 to 32 letters and digits of ASCII")
     if len(request.token) != TOKEN_BYTES:
         raise FerryError(Reason.INVALID_ARGUMENT, f"token must have {TOKEN_BYTES} bytes")

@@ -11,12 +11,15 @@ from pageferry import __version__
 from pageferry import address as addresses
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import migration_pb2, migration_pb2_grpc
+from pageferryd.control.departure import PageAddresses
 from pageferryd.control.incoming import Incoming
 from pageferryd.control.limits import check_limits
-from pageferryd.control.outgoing import Outgoing, PageAddresses
+from pageferryd.control.loss import check_policy
+from pageferryd.control.outgoing import Outgoing
 from pageferryd.control.peer import Destination
 from pageferryd.control.preflight import check_host
 from pageferryd.control.record import MigrationRecord
+from pageferryd.control.resolving import resolve
 from pageferryd.control.watching import watch
 
 if TYPE_CHECKING:
@@ -120,6 +123,7 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         if not 0 < len(request.request_id) <= _MAX_ID:
             raise FerryError(Reason.INVALID_ARGUMENT, "request_id must have 1 to 128 characters: use a new UUID")
         check_limits(request.limits)
+        check_policy(request.policy)
         address, name = self._destination(request.destination_address, request.destination_name)
         known = self._book.by_request(request.request_id)
         if known is not None:
@@ -146,6 +150,7 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
             destination_name=name,
             destination_address=address,
             limits=request.limits,
+            policy=request.policy,
         )
         guest = self._around.guests.claim(request.guest_id, record.migration_id)
         outgoing = Outgoing(record, guest, self._around, self._pages, self._page_addresses())
@@ -229,3 +234,12 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         else:
             await mover.limit(request.limits)
         return migration_pb2.SetLimitsResponse(migration=mover.view())
+
+    async def ResolveMigration(  # noqa: N802
+        self, request: migration_pb2.ResolveMigrationRequest, context: _Context
+    ) -> migration_pb2.ResolveMigrationResponse:
+        """Show what both ends know, and carry out a decision."""
+        ends = await resolve(
+            self._book.get(request.migration_id), request.decision, self._around, peer_fenced=request.peer_fenced
+        )
+        return migration_pb2.ResolveMigrationResponse(ends=ends)

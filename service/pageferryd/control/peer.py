@@ -60,6 +60,14 @@ class Destination:
         request = incoming_pb2.AbortRequest(migration_id=self._migration_id, reason=reason)
         await self._call(self._stub.Abort, request, _QUICK_SECONDS)
 
+    async def describe_handover(self) -> migration_pb2.HandoverView:
+        """Ask what it knows of the guest's owner: of either end, the other one may ask."""
+        request = incoming_pb2.DescribeHandoverRequest(migration_id=self._migration_id)
+        answer: incoming_pb2.DescribeHandoverResponse = await self._call(
+            self._stub.DescribeHandover, request, _QUICK_SECONDS
+        )
+        return answer.view
+
     async def reconnect(self) -> None:
         """Have a paused destination try again now."""
         request = incoming_pb2.ReconnectRequest(migration_id=self._migration_id)

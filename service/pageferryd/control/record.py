@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import Self
 
 from pageferry.errors import FerryError
-from pageferry.v1 import migration_pb2
+from pageferry.v1 import incoming_pb2, migration_pb2
 from pageferryd.core.lifecycle import Lifecycle, State
 
 
@@ -42,6 +43,8 @@ class MigrationRecord:
     destination_name: str
     destination_address: str
     limits: migration_pb2.Limits
+    policy: migration_pb2.Policy = field(default_factory=migration_pb2.Policy)
+    queue_position: int = 0
     created: float = field(default_factory=time.time)
     ended: float | None = None
     downtime: float | None = None
@@ -50,6 +53,37 @@ class MigrationRecord:
     error: FerryError | None = None
     lifecycle: Lifecycle = field(init=False)
     changes: Changes = field(default_factory=Changes)
+
+    @classmethod
+    def of_arriving(cls, prepare: incoming_pb2.PrepareRequest, host: str) -> Self:
+        """Return the record of a guest that comes to `host`, as its source announced it."""
+        return cls(
+            migration_id=prepare.migration_id,
+            request_id="",
+            guest_id=prepare.guest_id,
+            role=migration_pb2.ROLE_DESTINATION,
+            source_name=prepare.source_name,
+            destination_name=host,
+            destination_address="",
+            limits=prepare.limits,
+            policy=prepare.policy,
+        )
+
+    @classmethod
+    def of_leaving(cls, migration: migration_pb2.Migration) -> Self:
+        """Return the record of a guest that an earlier sidecar of this host was handing over."""
+        return cls(
+            migration_id=migration.migration_id,
+            request_id=migration.request_id,
+            guest_id=migration.guest_id,
+            role=migration_pb2.ROLE_SOURCE,
+            source_name=migration.source_name,
+            destination_name=migration.destination_name,
+            destination_address=migration.destination_address,
+            limits=migration.limits,
+            policy=migration.policy,
+            created=migration.create_time.ToNanoseconds() / 1e9,
+        )
 
     def __post_init__(self) -> None:
         self.lifecycle = Lifecycle(self._moved)

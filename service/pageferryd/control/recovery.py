@@ -1,4 +1,4 @@
-"""A sidecar that starts again goes on with the guests whose memory an earlier one was filling."""
+"""A sidecar that starts again goes on with the migrations that an earlier one had under way."""
 
 from __future__ import annotations
 
@@ -8,45 +8,53 @@ from typing import TYPE_CHECKING
 import structlog
 
 from pageferry.errors import FerryError
-from pageferry.v1 import migration_pb2
+from pageferryd.control.departure import PageAddresses
+from pageferryd.control.departures_journal import Step
 from pageferryd.control.incoming import Incoming
+from pageferryd.control.outgoing import Outgoing
 from pageferryd.control.record import MigrationRecord
 from pageferryd.vmm.driver import Activity
 
 if TYPE_CHECKING:
+    from pageferryd.control.arrivals_journal import Arriving
     from pageferryd.control.book import MigrationBook
-    from pageferryd.control.journal import Arriving
+    from pageferryd.control.departures_journal import Leaving
     from pageferryd.control.registry import Guest
     from pageferryd.control.surroundings import Surroundings
+    from pageferryd.source.page_service import PageService
 
 _log = structlog.get_logger(__name__)
 
+# Their destinations were told where pages are when these were prepared.
+_NO_ADDRESSES = PageAddresses("")
 
-async def recover(around: Surroundings, book: MigrationBook) -> None:
-    """Go on with all that the journal names; what cannot go on is in the book as failed.
+
+async def recover_arrivals(around: Surroundings, book: MigrationBook) -> None:
+    """Go on with all guests that were this host's; what cannot go on is in the book as failed.
 
     VMMs that were only readied for a guest are ended: their memory was taken, and they can serve no other.
     """
+    arrivals = around.journal.arrivals
     await asyncio.gather(
-        *(_go_on(arriving, around, book) for arriving in around.journal.unfinished()),
-        *(_give_up(arriving, around) for arriving in around.journal.never_owned()),
+        *(_go_on(arriving, around, book) for arriving in arrivals.owned()),
+        *(_give_up(arriving, around) for arriving in (*arrivals.readied(), *arrivals.never_ran_here())),
     )
+
+
+async def recover_departures(around: Surroundings, book: MigrationBook, pages: PageService) -> None:
+    """Go on with all guests that were leaving: those not given away run here again, others are served until whole.
+
+    Returns once they are served: to whoever asked before that they would be unknown.
+    """
+    unfinished = list(around.journal.departures.unfinished())
+    await asyncio.gather(*(_see_off(leaving, step, around, book, pages) for leaving, step in unfinished))
 
 
 async def _go_on(arriving: Arriving, around: Surroundings, book: MigrationBook) -> None:
     prepare = arriving.prepare
-    record = MigrationRecord(
-        migration_id=prepare.migration_id,
-        request_id="",
-        guest_id=prepare.guest_id,
-        role=migration_pb2.ROLE_DESTINATION,
-        source_name=prepare.source_name,
-        destination_name=around.settings.host,
-        destination_address="",
-        limits=prepare.limits,
-    )
+    record = MigrationRecord.of_arriving(prepare, around.settings.host)
     try:
-        guest = await _claim(arriving, around)
+        guest = await _claim(around, prepare.migration_id, prepare.guest_id, prepare.driver, arriving.address)
     except FerryError as error:
         _log.error("migration_not_taken_up", migration=prepare.migration_id, detail=error.message)
         return
@@ -58,8 +66,12 @@ async def _go_on(arriving: Arriving, around: Surroundings, book: MigrationBook) 
 
 async def _give_up(arriving: Arriving, around: Surroundings) -> None:
     prepare = arriving.prepare
+    # Before anything else: its source is told so from now on, and lets the guest go on there.
+    around.journal.arrivals.never_ran(prepare.migration_id)
+    if not arriving.alive:
+        return
     try:
-        guest = await _claim(arriving, around)
+        guest = await _claim(around, prepare.migration_id, prepare.guest_id, prepare.driver, arriving.address)
     except FerryError as error:
         _log.warning("vmm_not_killed", migration=prepare.migration_id, detail=error.message)
         return
@@ -71,11 +83,24 @@ async def _give_up(arriving: Arriving, around: Surroundings) -> None:
         _log.warning("vmm_not_killed", migration=prepare.migration_id, detail=error.message)
     guest.migration_id = None
     await around.guests.forget(guest)
-    around.journal.ended(prepare.migration_id)
     _log.info("migration_given_up", migration=prepare.migration_id, guest=prepare.guest_id)
 
 
-async def _claim(arriving: Arriving, around: Surroundings) -> Guest:
-    prepare = arriving.prepare
-    await around.guests.register(prepare.guest_id, prepare.driver, arriving.address, must_answer=False)
-    return around.guests.claim(prepare.guest_id, prepare.migration_id)
+async def _see_off(leaving: Leaving, step: Step, around: Surroundings, book: MigrationBook, pages: PageService) -> None:
+    migration = leaving.migration
+    try:
+        guest = await _claim(around, migration.migration_id, migration.guest_id, leaving.driver, leaving.address)
+    except FerryError as error:
+        _log.error("migration_not_taken_up", migration=migration.migration_id, detail=error.message)
+        return
+    record = MigrationRecord.of_leaving(migration)
+    outgoing = Outgoing(record, guest, around, pages, _NO_ADDRESSES, (leaving, step))
+    book.add(outgoing)
+    if step is Step.GIVEN:
+        await outgoing.begun.wait()
+    _log.info("migration_taken_up", migration=record.migration_id, guest=record.guest_id, step=step.name)
+
+
+async def _claim(around: Surroundings, migration_id: str, guest_id: str, driver: str, address: str) -> Guest:
+    await around.guests.register(guest_id, driver, address, must_answer=False)
+    return around.guests.claim(guest_id, migration_id)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from pageferryd.control.turns import Turns
 
 if TYPE_CHECKING:
     from pageferry.tls import TlsFiles
@@ -20,3 +22,5 @@ class Surroundings:
     tls: TlsFiles | None
     guests: GuestRegistry
     journal: Journal
+    turns: Turns = field(default_factory=Turns)
+    """Whose turn it is to leave."""

@@ -35,6 +35,8 @@ def migration_of(record: MigrationRecord) -> migration_pb2.Migration:
         destination_address=record.destination_address,
         create_time=_timestamp(record.created),
         limits=record.limits,
+        policy=record.policy,
+        queue_position=record.queue_position,
     )
     if record.huge_bytes:
         message.progress.huge_bytes = record.huge_bytes

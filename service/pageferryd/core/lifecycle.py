@@ -30,24 +30,28 @@ class State(Enum):
     """It failed; the record says why and where the guest is."""
     CANCELLED = 8
     """It was taken back; the guest runs at the source."""
+    IN_DOUBT = 9
+    """The guest may have run at the destination, which cannot say; it stands still at the source."""
 
     @property
     def final(self) -> bool:
         """Whether the migration has ended."""
-        return self.value >= State.COMPLETED.value
+        return self in (State.COMPLETED, State.FAILED, State.CANCELLED)
 
     @property
     def owned_by_destination(self) -> bool:
         """Whether the guest may have run at the destination, so that the source must never run it again."""
-        return self in (State.POSTCOPY, State.POSTCOPY_PAUSED, State.COMPLETED)
+        return self in (State.POSTCOPY, State.POSTCOPY_PAUSED, State.COMPLETED, State.IN_DOUBT)
 
 
 LEGAL: Mapping[State, frozenset[State]] = {
     State.PENDING: frozenset({State.PREPARING, State.FAILED, State.CANCELLED}),
-    State.PREPARING: frozenset({State.HANDING_OVER, State.FAILED, State.CANCELLED}),
+    # Back again where the destination has no room yet.
+    State.PREPARING: frozenset({State.PENDING, State.HANDING_OVER, State.FAILED, State.CANCELLED}),
     State.HANDING_OVER: frozenset({State.POSTCOPY, State.POSTCOPY_PAUSED, State.FAILED, State.CANCELLED}),
-    State.POSTCOPY: frozenset({State.POSTCOPY_PAUSED, State.COMPLETED, State.FAILED}),
-    State.POSTCOPY_PAUSED: frozenset({State.POSTCOPY, State.COMPLETED, State.FAILED}),
+    State.POSTCOPY: frozenset({State.POSTCOPY_PAUSED, State.IN_DOUBT, State.COMPLETED, State.FAILED}),
+    State.POSTCOPY_PAUSED: frozenset({State.POSTCOPY, State.IN_DOUBT, State.COMPLETED, State.FAILED}),
+    State.IN_DOUBT: frozenset({State.POSTCOPY, State.POSTCOPY_PAUSED, State.COMPLETED, State.FAILED}),
     State.COMPLETED: frozenset(),
     State.FAILED: frozenset(),
     State.CANCELLED: frozenset(),
