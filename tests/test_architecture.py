@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_FILE = 400
 
-CLIENT, CORE, LINUX, CONTROL, SIDECAR = "client", "core", "linux", "control", "sidecar"
+CLIENT, CORE, LINUX, CONTROL, KEEPER, SIDECAR = "client", "core", "linux", "control", "keeper", "sidecar"
 SIDES = frozenset({"destination", "source", "vmm"})
 # The files beside the packages of pageferryd that any sidecar needs and no single side does.
-SHARED = frozenset({"config", "logs", "http", "metrics", "preflight", "server"})
+SHARED = frozenset({"access", "config", "logs", "http", "metrics", "preflight", "server"})
 FOUNDATION = frozenset({CORE, LINUX, CLIENT})
 
 MAY_IMPORT: dict[str, frozenset[str]] = {
@@ -25,7 +25,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     **{side: FOUNDATION | {side} for side in SIDES},
     **dict.fromkeys(SHARED, FOUNDATION | SHARED),
     CONTROL: FOUNDATION | SIDES | SHARED | {CONTROL},
-    SIDECAR: FOUNDATION | SIDES | SHARED | {CONTROL},
+    # It outlives sidecars, and starts them as processes: it knows nothing of how they are made.
+    KEEPER: FOUNDATION | {"logs", "config", KEEPER},
+    SIDECAR: FOUNDATION | SIDES | SHARED | {CONTROL, KEEPER},
 }
 # What the core must not see, so that time and the outside are its caller's and a simulation can stand in for both.
 CLOCKS_AND_IO = frozenset({
@@ -186,6 +188,8 @@ def plant(root: Path, files: dict[str, str]) -> House:
         ("pageferryd.destination.session", "from pageferryd.metrics import FAULTS"),
         ("pageferryd.metrics", "from pageferryd.source.memory import Source"),
         ("pageferryd.control.outgoing", "def late():\n    import pageferryd.sidecar"),
+        ("pageferryd.keeper.keeper", "from pageferryd.control.journal import Journal"),
+        ("pageferryd.control.outgoing", "from pageferryd.keeper.running import run"),
         ("pageferry.cli.main", "import pageferryd.config"),
         ("pageferry.client", "if TYPE_CHECKING:\n    from pageferryd.core.layout import Layout"),
     ],
@@ -201,6 +205,8 @@ def test_a_planted_import_against_the_arrows_is_found(tmp_path: Path, importer: 
     ("importer", "source"),
     [
         ("pageferryd.sidecar", "from pageferryd.control import outgoing"),
+        ("pageferryd.sidecar", "from pageferryd.keeper.running import become"),
+        ("pageferryd.keeper.held", "from pageferryd.linux import notify_wire"),
         ("pageferryd.control.outgoing", "from pageferryd.source.memory import Source\nimport pageferryd.config"),
         ("pageferryd.destination.session", "from pageferryd.core.pager import Pager\nimport pageferry.errors"),
         ("pageferryd.preflight", "from pageferryd.config import Settings\nimport pageferryd.linux.userfaultfd"),

@@ -108,14 +108,19 @@ class SidecarClient:
         request_id: str,
         destination_name: str = "",
         limits: pb.Limits | None = None,
+        policy: pb.Policy | None = None,
     ) -> pb.Migration:
-        """Begin to move a guest away. The same `request_id` again returns the same migration."""
+        """Begin to move a guest away. The same `request_id` again returns the same migration.
+
+        Without a policy the sidecars' settings decide.
+        """
         request = pb.StartMigrationRequest(
             request_id=request_id,
             guest_id=guest_id,
             destination_address=destination_address,
             destination_name=destination_name,
             limits=limits,
+            policy=policy,
         )
         return (await self._call(self._stub.StartMigration, request)).migration
 
@@ -141,6 +146,21 @@ class SidecarClient:
         """Replace the limits of a migration that is under way, all of them."""
         request = pb.SetLimitsRequest(migration_id=migration_id, limits=limits)
         return (await self._call(self._stub.SetLimits, request)).migration
+
+    async def resolve_migration(
+        self,
+        migration_id: str,
+        decision: pb.Decision.ValueType = pb.DECISION_UNSPECIFIED,
+        *,
+        peer_fenced: bool = False,
+    ) -> list[pb.HandoverView]:
+        """Return what both ends know of a guest's owner, this sidecar's first, after carrying out a decision if any.
+
+        `peer_fenced` says that the operator has made sure of the other end: the guest cannot run there any more, or
+        never needs to. A call that fails with SIDECAR_UNREACHABLE may have been carried out all the same.
+        """
+        request = pb.ResolveMigrationRequest(migration_id=migration_id, decision=decision, peer_fenced=peer_fenced)
+        return list((await self._call(self._stub.ResolveMigration, request)).ends)
 
     async def watch_migration(self, migration_id: str) -> AsyncGenerator[pb.Migration]:
         """Yield the migration now, with each change and a few times a second, up to the look that shows it ended.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import sys
 from pathlib import Path
@@ -30,7 +31,9 @@ from pageferryd.control.surroundings import Surroundings
 from pageferryd.control.templates import VmmStarter
 from pageferryd.control.turns import Turns
 from pageferryd.http import HttpServer
+from pageferryd.keeper.running import become
 from pageferryd.linux.allocator import tune_malloc
+from pageferryd.linux.fd_store import FdStore
 from pageferryd.metrics import make_registry
 from pageferryd.server import GrpcServer
 from pageferryd.source.page_service import PageService
@@ -42,13 +45,15 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 
 _LAST_CALLS_SECONDS = 0.5
+_LAST_STEPS_SECONDS = 15.0
 
 
 class Sidecar:
     """One sidecar, made in the event loop that it runs in."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, store: FdStore) -> None:
         self._settings = settings
+        self._store = store
         self._drain = Drain()
         self._guests = GuestRegistry(drivers(settings.runtime_dir))
         self._starter = VmmStarter(
@@ -58,7 +63,7 @@ class Sidecar:
         self._book = MigrationBook(settings.limits.max_migrations, self._pages.withdraw)
         journal = Journal(settings.runtime_dir / "journal")
         turns = Turns(settings.limits.max_outgoing)
-        self._around = Surroundings(settings, settings.tls_files(), self._guests, journal, turns)
+        self._around = Surroundings(settings, settings.tls_files(), self._guests, journal, turns, store)
         self._grpc = GrpcServer(settings)
         self._lanes = LaneServer(settings, self._pages)
         self._http = HttpServer(make_registry(self._book), self._unready)
@@ -93,6 +98,9 @@ class Sidecar:
             await recover_arrivals(self._around, self._book)
             await recover_departures(self._around, self._book, self._pages)
             http = await self._serve()
+            # What nobody took up belongs to migrations that have ended.
+            await asyncio.to_thread(self._store.close_untaken)
+            await asyncio.to_thread(self._store.ready)
         except BaseException:
             await self._guests.close()
             raise
@@ -123,6 +131,10 @@ class Sidecar:
     async def stop(self) -> None:
         """Take nothing new, see through what is under way for as long as `drain_seconds`, and end."""
         self._drain.begin()
+        try:
+            await asyncio.to_thread(self._store.stopping)
+        except FerryError as error:
+            _log.warning("manager_does_not_listen", detail=error.message)
         await self._grpc.set_serving(serving=False)
         active = list(self._book.active())
         _log.info("draining", migrations=len(active), seconds=self._settings.drain_seconds if active else 0)
@@ -154,12 +166,12 @@ def _make_runtime_dir(path: Path) -> None:
         ) from error
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings, store: FdStore) -> None:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    sidecar = Sidecar(settings)
+    sidecar = Sidecar(settings, store)
     await sidecar.start()
     # What was loaded stays: going through it again and again would stop guests' faults for milliseconds.
     gc.collect()
@@ -180,6 +192,9 @@ def _run(
     runtime_dir: Annotated[Path | None, typer.Option(help="Directory of hand-off sockets.")] = None,
     log_format: Annotated[str | None, typer.Option(help="json or console.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    keeper: Annotated[
+        bool, typer.Option("--keeper", help="Hold guests' memory across restarts, where systemd does not.")
+    ] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the release and exit.")] = False,
 ) -> None:
     """Move running guests between hosts: one pageferryd a host."""
@@ -198,9 +213,19 @@ def _run(
     }
     try:
         settings = config.load(config_file, {key: value for key, value in given.items() if value is not None})
+        if keeper:
+            # The sidecar may take as long as it drains, and then some.
+            become(
+                [word for word in sys.argv[1:] if word != "--keeper"],
+                settings.runtime_dir,
+                stop_seconds=settings.drain_seconds + _LAST_STEPS_SECONDS,
+                log_format=settings.log_format,
+            )
+        # Before there is any thread, or process to inherit what it takes over.
+        store = FdStore.from_environment(os.environ)
         logs.configure(settings.log_format, settings.log_level)
         tune_malloc()
-        uvloop.run(_serve(settings))
+        uvloop.run(_serve(settings, store))
     except FerryError as error:
         print(f"pageferryd: {error.reason.value}: {error.message}", file=sys.stderr)
         raise typer.Exit(2) from error

@@ -1,7 +1,8 @@
 """A MigrationService that plays a part by the guest's name: run as a process, it prints its address and serves.
 
 Guests: `web` crosses, `doomed` fails, `undone` is cancelled, `cut` has its watch end early, `slow` never ends, `held`
-cannot be moved, `absent` does not answer.
+cannot be moved, `absent` does not answer, `queued` waits for its turn before it crosses; for those in doubt see
+fake_handovers.py.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import signal
 import sys
 
+import fake_handovers
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -91,6 +93,14 @@ def immovable() -> pb.Migration:
     return found
 
 
+def queued(position: int = 3) -> pb.Migration:
+    found = example(pb.MIGRATION_STATE_PENDING, 0, "queued")
+    found.queue_position = position
+    for field in ("fault_latencies", "memory_map"):
+        found.ClearField(field)
+    return found
+
+
 def final(guest_id: str) -> pb.Migration:
     if guest_id == "doomed":
         return failed()
@@ -113,7 +123,7 @@ class FakeSidecar(migration_pb2_grpc.MigrationServiceServicer):
                 pid=4242,
                 movable=True,
             )
-            for name in ("cut", "doomed", "slow", "undone", "web")
+            for name in ("cut", "doomed", "queued", "slow", "undone", "web", *fake_handovers.IN_DOUBT)
         }
         self.guests["held"] = pb.Guest(
             guest_id="held",
@@ -172,6 +182,7 @@ class FakeSidecar(migration_pb2_grpc.MigrationServiceServicer):
         found.destination_name = request.destination_name
         found.destination_address = request.destination_address
         found.limits.CopyFrom(request.limits)
+        found.policy.CopyFrom(request.policy)
         self.limits[found.migration_id] = request.limits
         return pb.StartMigrationResponse(migration=found)
 
@@ -179,13 +190,20 @@ class FakeSidecar(migration_pb2_grpc.MigrationServiceServicer):
         return pb.GetMigrationResponse(migration=await self._known(request, context))
 
     async def ListMigrations(self, request, context):
-        found = [final("web"), failed()]
+        found = [final("web"), failed(), queued(), example(pb.MIGRATION_STATE_IN_DOUBT, 45, "lost")]
         return pb.ListMigrationsResponse(
             migrations=[one for one in found if request.guest_id in ("", one.guest_id)],
         )
 
     async def WatchMigration(self, request, context):
         found = await self._known(request, context)
+        if found.guest_id == "lost":
+            yield pb.WatchMigrationResponse(migration=found)
+            yield pb.WatchMigrationResponse(migration=failed("lost"))
+            return
+        if found.guest_id == "queued":
+            for position in (3, 2):
+                yield pb.WatchMigrationResponse(migration=queued(position))
         yield pb.WatchMigrationResponse(migration=example(pb.MIGRATION_STATE_PREPARING, 0, found.guest_id))
         yield pb.WatchMigrationResponse(migration=example(guest_id=found.guest_id))
         if found.guest_id == "cut":
@@ -210,6 +228,17 @@ class FakeSidecar(migration_pb2_grpc.MigrationServiceServicer):
         self.limits[request.migration_id] = request.limits
         return pb.SetLimitsResponse(migration=found)
 
+    async def ResolveMigration(self, request, context):
+        guest_id = (await self._known(request, context)).guest_id
+        if request.decision == pb.DECISION_UNSPECIFIED:
+            return pb.ResolveMigrationResponse(ends=fake_handovers.ends(guest_id))
+        if guest_id == "mute":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+        try:
+            return pb.ResolveMigrationResponse(ends=fake_handovers.decided(guest_id, request))
+        except FerryError as error:
+            await refuse(context, error.reason, error.message)
+
     async def _known_guest(self, guest_id, context):
         if guest_id not in self.guests:
             await refuse(context, Reason.UNKNOWN_GUEST, f"{guest_id} is not registered here; register it first")
@@ -218,9 +247,22 @@ class FakeSidecar(migration_pb2_grpc.MigrationServiceServicer):
         guest_id = request.migration_id.removeprefix("m-")
         if guest_id not in self.guests:
             await refuse(context, Reason.UNKNOWN_MIGRATION, f"there is no migration {request.migration_id}")
-        found = example(guest_id=guest_id) if guest_id == "slow" else final(guest_id)
+        found = self._standing(guest_id)
         found.limits.CopyFrom(self.limits.get(request.migration_id, pb.Limits()))
         return found
+
+    @staticmethod
+    def _standing(guest_id: str) -> pb.Migration:
+        if guest_id == "slow":
+            return example(guest_id=guest_id)
+        if guest_id == "queued":
+            return queued()
+        if guest_id in fake_handovers.IN_DOUBT:
+            found = example(pb.MIGRATION_STATE_IN_DOUBT, guest_id=guest_id)
+            found.policy.CopyFrom(pb.Policy(on_loss=pb.ON_LOSS_KILL, loss_seconds=600, checksums=True))
+            found.progress.checksum_mismatches = 2
+            return found
+        return final(guest_id)
 
 
 async def refuse(context, reason: Reason, message: str) -> None:

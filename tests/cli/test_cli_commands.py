@@ -161,7 +161,81 @@ def test_migrate_without_waiting_returns_what_was_started(ferry):
         "push_window_bytes": 1 << 20,
         "fault_objective_us": 2000,
         "push_disabled": True,
+        "push_weight": 0,
     }
+
+
+def test_migrate_sends_the_policy_and_the_weight(ferry):
+    policy = ("--on-loss", "kill", "--loss-seconds", "600", "--checksums", "--push-weight", "250")
+
+    found = document(ferry("migrate", "web", "--to", "127.0.0.1:7444", "--no-wait", "--json", *policy))
+
+    assert found["policy"] == {"on_loss": "ON_LOSS_KILL", "loss_seconds": 600, "checksums": True}
+    assert found["limits"]["push_weight"] == 250
+
+
+def test_migrate_leaves_to_the_sidecars_what_is_not_given(ferry):
+    found = document(ferry("migrate", "web", "--to", "127.0.0.1:7444", "--no-wait", "--json"))
+
+    assert found["policy"] == {"on_loss": "ON_LOSS_UNSPECIFIED", "loss_seconds": 0, "checksums": False}
+
+
+def test_migrate_can_have_a_guest_wait_for_its_source(ferry):
+    outcome = ferry("migrate", "web", "--to", "127.0.0.1:7444", "--no-wait", "--on-loss", "wait")
+
+    assert "source lost: the guest waits for it; no checksums" in outcome.out
+
+
+def test_migrate_shows_how_the_guest_comes_nearer_to_its_turn(ferry):
+    lines = ferry("migrate", "queued", "--to", "127.0.0.1:7444").out.splitlines()
+
+    assert lines[:2] == ["pending: waits for its turn: 3rd", "pending: waits for its turn: 2nd"]
+    assert lines[2].startswith("preparing: ")
+
+
+def test_list_tells_the_place_of_who_waits_for_a_turn(ferry):
+    assert ["m-queued", "queued", "leaves", "alpha", "beta", "pending,", "3rd", "0", "%", "-"] in [
+        line.split() for line in ferry("list").out.splitlines()
+    ]
+
+
+def test_list_names_what_to_do_about_a_migration_in_doubt(ferry):
+    last = ferry("list").out.splitlines()[-1]
+
+    assert last == "m-lost is in doubt; see what both ends know, and decide: pageferry resolve m-lost"
+    assert "resolve" not in ferry("list", "--guest", "web").out
+
+
+def test_show_of_a_migration_in_doubt_names_what_to_do_and_how_it_is_carried_out(ferry):
+    words = " ".join(ferry("show", "m-lost").out.split())
+
+    assert "decide: pageferry resolve m-lost" in words
+    assert "policy source lost for 600 s: the guest is killed; every page carries a checksum" in words
+    assert "came damaged 2 by their checksums" in words
+
+
+def test_show_tells_of_damaged_pages_only_where_there_are_some(ferry):
+    out = ferry("show", "m-web").out
+
+    assert "damaged" not in out
+    assert "source lost: as the destination's sidecar is set; no checksums" in out
+
+
+def test_show_of_who_waits_for_a_turn_has_no_figures(ferry):
+    out = ferry("show", "m-queued").out
+
+    assert "waits for its turn: 3rd" in out
+    assert "throughput" not in out
+
+
+def test_watch_goes_on_while_a_migration_is_in_doubt_and_names_what_to_do(ferry):
+    outcome = ferry("watch", "m-lost")
+
+    first, second, *_ = outcome.out.splitlines()
+    assert first.startswith("in doubt: 44 %")
+    assert "pageferry resolve m-lost" in first
+    assert second.startswith("failed: ")
+    assert outcome.status == 1
 
 
 def test_migrate_chooses_another_request_id_each_time(ferry):
@@ -249,6 +323,8 @@ def test_limits_changes_only_what_is_given(ferry):
     assert found["push_bytes_per_second"] == 1 << 30
     assert found["fault_objective_us"] == 500
     assert found["push_disabled"] is False
+    assert "push weight 100" in ferry("limits", "m-slow").out
+    assert "push weight 1,000" in ferry("limits", "m-slow", "--push-weight", "1000").out
     assert "push rate 1.0 GiB/s" in ferry("limits", "m-slow").out
 
 

@@ -19,7 +19,7 @@ def test_an_unknown_guest(ferry):
     assert_error(ferry("unregister", "nobody"), "UNKNOWN_GUEST")
 
 
-@pytest.mark.parametrize("command", ["show", "watch", "cancel", "resume", "limits"])
+@pytest.mark.parametrize("command", ["show", "watch", "cancel", "resume", "limits", "resolve"])
 def test_an_unknown_migration(ferry, command):
     assert_error(ferry(command, "m-nobody"), "UNKNOWN_MIGRATION", "m-nobody")
 
@@ -55,6 +55,8 @@ def test_errors_are_the_same_when_json_was_asked_for(ferry):
         ("cancel", "m-web"),
         ("resume", "m-web"),
         ("limits", "m-web"),
+        ("resolve", "m-lost"),
+        ("resolve", "m-lost", "--give-up", "--yes"),
     ],
 )
 def test_no_sidecar_at_the_address(pageferry, tmp_path, command):
@@ -93,6 +95,15 @@ def test_an_address_that_is_none(pageferry):
         (("migrate", "web"), "--to"),
         (("migrate", "web", "--to", "x:1", "--push-rate", "fast"), "'fast' is not a size"),
         (("limits", "m", "--fault-objective", "1h"), "'1h' is not a duration"),
+        (("migrate", "web", "--to", "x:1", "--on-loss", "pray"), "'pray' is not one of"),
+        (("migrate", "web", "--to", "x:1", "--on-loss", "wait", "--loss-seconds", "9"), "leave one of them out"),
+        (("migrate", "web", "--to", "x:1", "--loss-seconds", "0"), "--loss-seconds"),
+        (("migrate", "web", "--to", "x:1", "--push-weight", "1001"), "--push-weight"),
+        (("limits", "m", "--push-weight", "0"), "--push-weight"),
+        (("resolve", "m", "--run-at-source", "--give-up"), "opposite decisions"),
+        (("resolve", "m", "--peer-fenced"), "--peer-fenced belongs to a decision"),
+        (("resolve", "m", "--yes"), "--yes belongs to a decision"),
+        (("resolve",), "MIGRATION"),
         (("show",), "MIGRATION"),
         (("fly",), "fly"),
         (("demo", "--guest", "cow"), "cow"),

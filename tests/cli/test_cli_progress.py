@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
-from fake_sidecar import example, failed
+from fake_sidecar import example, failed, queued
 from rich.console import Console
 
 from pageferry.cli import live, memory_map, progress
@@ -105,6 +105,18 @@ def test_the_panel_of_a_failed_migration_says_why():
     assert rendered(progress.panel(failed()))[-1].startswith("DESTINATION_REFUSED: beta refused doomed")
 
 
+def test_the_panel_of_who_waits_for_a_turn_tells_its_place_alone():
+    assert rendered(progress.panel(queued())) == ["queued  alpha to beta  pending", "waits for its turn: 3rd"]
+
+
+def test_the_panel_of_a_migration_in_doubt_names_what_to_do():
+    lines = rendered(progress.panel(example(pb.MIGRATION_STATE_IN_DOUBT)))
+
+    assert lines[0].endswith("in doubt")
+    assert lines[2] == "see what both ends know, and decide: pageferry resolve m-web"
+    assert lines[3].startswith("44 %")
+
+
 def test_a_line_of_a_migration_under_way():
     assert progress.line(example()) == (
         "postcopy: 44 %, 7.2 MiB of 16.0 MiB, 2,253 pages left, push 200.0 MiB/s, pages by demand 112 and by "
@@ -137,6 +149,14 @@ def test_plain_lines_come_with_each_state_and_each_second():
         assert (lines.line(example(state), now) is not None) is shown
 
 
+def test_a_plain_line_comes_with_each_place_in_the_queue():
+    lines = live.PlainLines()
+
+    shown = [lines.line(queued(position), 0.0) for position in (3, 3, 2)]
+
+    assert shown == ["pending: waits for its turn: 3rd", None, "pending: waits for its turn: 2nd"]
+
+
 class Terminal(io.StringIO):
     encoding = "utf-8"
 
@@ -158,6 +178,19 @@ async def test_on_a_terminal_the_picture_moves_in_colours(monkeypatch):
 
     assert last.state == pb.MIGRATION_STATE_COMPLETED
     assert "\x1b[93;44m▁" in screen.getvalue()
+
+
+async def test_on_a_terminal_the_place_in_the_queue_is_followed(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    screen = Terminal()
+
+    async def nearer():
+        yield queued(3)
+        yield queued(2)
+
+    await live.follow(nearer(), console(screen))
+
+    assert "waits for its turn: 2nd" in screen.getvalue()
 
 
 async def test_no_color_leaves_the_picture_and_takes_its_colours(monkeypatch):

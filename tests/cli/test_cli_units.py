@@ -88,3 +88,11 @@ def test_durations_are_written(microseconds, text):
 )
 def test_a_share_is_whole_only_when_it_is(part, whole, text):
     assert units.share_text(part, whole) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (13, "13th"), (21, "21st"), (112, "112th")],
+)
+def test_a_place_in_a_row_is_written(value, text):
+    assert units.ordinal_text(value) == text

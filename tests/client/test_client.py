@@ -67,6 +67,12 @@ class Echo(migration_pb2_grpc.MigrationServiceServicer):
         self.requests.append(request)
         return pb.SetLimitsResponse(migration=pb.Migration(limits=request.limits))
 
+    async def ResolveMigration(self, request, context):
+        self.requests.append(request)
+        return pb.ResolveMigrationResponse(
+            ends=[pb.HandoverView(role=pb.ROLE_SOURCE), pb.HandoverView(role=pb.ROLE_DESTINATION)]
+        )
+
     async def WatchMigration(self, request, context):
         try:
             if request.migration_id == "silent":
@@ -122,12 +128,15 @@ async def client(address: str) -> AsyncIterator[SidecarClient]:
 
 async def test_every_call_carries_its_arguments(client, echo):
     limits = pb.Limits(push_bytes_per_second=7)
+    policy = pb.Policy(on_loss=pb.ON_LOSS_KILL, loss_seconds=9, checksums=True)
 
     assert (await client.preflight("web", "b:1", "beta")).release == "9.9"
     assert (await client.register_guest("web", "/run/web.sock")).guest_id == "web"
     assert await client.unregister_guest("web") is None
     assert [guest.guest_id for guest in await client.list_guests()] == ["web"]
-    started = await client.start_migration("web", "b:1", request_id="r", destination_name="beta", limits=limits)
+    started = await client.start_migration(
+        "web", "b:1", request_id="r", destination_name="beta", limits=limits, policy=policy
+    )
     assert started.request_id == "r"
     assert [found.guest_id for found in await client.list_migrations("web")] == ["web"]
     assert (await client.set_limits("m", limits)).limits == limits
@@ -138,10 +147,32 @@ async def test_every_call_carries_its_arguments(client, echo):
         pb.UnregisterGuestRequest(guest_id="web"),
         pb.ListGuestsRequest(),
         pb.StartMigrationRequest(
-            guest_id="web", destination_address="b:1", request_id="r", destination_name="beta", limits=limits
+            guest_id="web",
+            destination_address="b:1",
+            request_id="r",
+            destination_name="beta",
+            limits=limits,
+            policy=policy,
         ),
         pb.ListMigrationsRequest(guest_id="web"),
         pb.SetLimitsRequest(migration_id="m", limits=limits),
+    ]
+
+
+async def test_a_start_without_a_policy_leaves_it_to_the_sidecars(client, echo):
+    await client.start_migration("web", "b:1", request_id="r")
+
+    assert not echo.requests[0].HasField("policy")
+
+
+async def test_both_ends_are_shown_and_a_decision_is_carried_to_the_sidecar(client, echo):
+    ends = await client.resolve_migration("m")
+    await client.resolve_migration("m", pb.DECISION_RUN_AT_SOURCE, peer_fenced=True)
+
+    assert [end.role for end in ends] == [pb.ROLE_SOURCE, pb.ROLE_DESTINATION]
+    assert echo.requests == [
+        pb.ResolveMigrationRequest(migration_id="m"),
+        pb.ResolveMigrationRequest(migration_id="m", decision=pb.DECISION_RUN_AT_SOURCE, peer_fenced=True),
     ]
 
 

@@ -27,7 +27,8 @@ def arriving(migration_id: str = "m") -> Arriving:
         policy=migration_pb2.Policy(on_loss=migration_pb2.ON_LOSS_KILL, checksums=True),
         driver="qemu",
     )
-    return Arriving("/run/vm.sock", 4711, 12345, prepare, LAYOUT, [1 << 46])
+    kept = {"uffd": (12, 1 << 40), "memory": (0, 7)}
+    return Arriving("/run/vm.sock", 4711, 12345, prepare, LAYOUT, [1 << 46], kept, bytes(range(32)))
 
 
 ONE = arriving()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,8 +148,15 @@ def test_a_sighup_between_two_starts_starts_at_once(start: Start) -> None:
     assert len(keeper.events("sidecar_started", 3)) == 3
 
 
-def test_a_sidecar_that_was_killed_serves_again(start: Start, tmp_path: Path) -> None:
-    options = {"host": "a", "listen": "127.0.0.1:0", "http": "127.0.0.1:0", "runtime-dir": str(tmp_path / "run")}
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """A directory with a path that sockets of a sidecar fit into."""
+    with tempfile.TemporaryDirectory(prefix="ferry-") as name:
+        yield Path(name)
+
+
+def test_a_sidecar_that_was_killed_serves_again(start: Start, short_directory: Path) -> None:
+    options = {"host": "a", "listen": "127.0.0.1:0", "http": "127.0.0.1:0", "runtime-dir": str(short_directory)}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     keeper = start(command=[sys.executable, "-m", "pageferryd.sidecar", "--insecure", *words])
     keeper.events("ready")

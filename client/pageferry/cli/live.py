@@ -22,17 +22,18 @@ _FRAMES_PER_SECOND: Final = 10
 
 
 class PlainLines:
-    """Says which looks at a migration are worth a line: each change of state, each second, and the last."""
+    """Says which looks at a migration are worth a line: each change of state or place, each second, and the last."""
 
     def __init__(self) -> None:
-        self._state: int | None = None
+        self._last: tuple[int, int] | None = None
         self._next = 0.0
 
     def line(self, migration: pb.Migration, now: float) -> str | None:
         """Return the line for a look at time `now`, in seconds, or None."""
-        if migration.state == self._state and now < self._next:
+        at = (migration.state, migration.queue_position)
+        if at == self._last and now < self._next:
             return None
-        self._state = migration.state
+        self._last = at
         self._next = now + LINE_SECONDS
         return progress.line(migration)
 

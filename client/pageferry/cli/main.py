@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 
 from pageferry import __version__
-from pageferry.cli import demo, guests, migrations
+from pageferry.cli import demo, guests, migrations, resolve
 from pageferry.cli.options import DEFAULT_ADDRESS, Connection
 from pageferry.cli.output import print_error
 from pageferry.errors import FerryError, Reason
@@ -39,6 +39,7 @@ app.command("show")(migrations.show)
 app.command("watch")(migrations.watch)
 app.command("cancel")(migrations.cancel)
 app.command("resume")(migrations.resume)
+app.command("resolve")(resolve.resolve)
 app.command("limits")(migrations.limits)
 
 

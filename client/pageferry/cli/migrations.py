@@ -11,7 +11,20 @@ from typing import Annotated
 import typer
 
 from pageferry.cli import live, options, output, tables
-from pageferry.cli.options import Connection, FaultObjective, GuestId, Json, MigrationId, Push, PushRate, PushWindow
+from pageferry.cli.options import (
+    Checksums,
+    Connection,
+    FaultObjective,
+    GuestId,
+    Json,
+    LossSeconds,
+    MigrationId,
+    OnLoss,
+    Push,
+    PushRate,
+    PushWeight,
+    PushWindow,
+)
 from pageferry.cli.output import console, print_json, to_dict
 from pageferry.client import SidecarClient, ended
 from pageferry.v1 import migration_pb2 as pb
@@ -33,20 +46,28 @@ def migrate(
     push_window: PushWindow = None,
     fault_objective: FaultObjective = None,
     push: Push = None,
+    push_weight: PushWeight = None,
+    on_loss: OnLoss = None,
+    loss_seconds: LossSeconds = None,
+    checksums: Checksums = False,
     as_json: Json = False,
 ) -> None:
     """Move a guest to another host, and follow it there.
 
-    One that cannot be moved runs on where it is, and the error says why; `list` tells before.
+    One that cannot be moved runs on where it is, and the error says why; `list` tells before. Where many move at once
+    it may have to wait for its turn.
 
     Exit status 1 when the migration fails or is cancelled.
     """
-    limits = options.limits(push_rate, push_window, fault_objective, push)
+    limits = options.limits(push_rate, push_window, fault_objective, push, push_weight)
+    policy = options.policy(on_loss, loss_seconds, checksums)
     request = request_id or str(uuid.uuid4())
 
     async def move() -> pb.Migration:
         async with _client(context) as client:
-            found = await client.start_migration(guest, to, request_id=request, destination_name=to_name, limits=limits)
+            found = await client.start_migration(
+                guest, to, request_id=request, destination_name=to_name, limits=limits, policy=policy
+            )
             return await _follow(client, found.migration_id, as_json) if wait else found
 
     _finish(asyncio.run(move()), as_json)
@@ -127,10 +148,11 @@ def limits(
     push_window: PushWindow = None,
     fault_objective: FaultObjective = None,
     push: Push = None,
+    push_weight: PushWeight = None,
     as_json: Json = False,
 ) -> None:
     """Show the limits of a migration, or change those given."""
-    given = (push_rate, push_window, fault_objective, push)
+    given = (push_rate, push_window, fault_objective, push, push_weight)
 
     async def change() -> pb.Migration:
         async with _client(context) as client:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -17,6 +18,8 @@ from pageferry.tls import TlsFiles
 from pageferry.v1 import migration_pb2 as pb
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:7443"
+MOST_LOSS_SECONDS: Final = 31_536_000
+"""A year, as in the settings of a sidecar."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 GuestId = Annotated[str, typer.Argument(metavar="GUEST", help="The guest's id.")]
@@ -70,6 +73,52 @@ Push = Annotated[
     typer.Option("--push/--no-push", help="Whether pages are pushed at all. Without push the migration cannot end."),
 ]
 
+PushWeight = Annotated[
+    int | None,
+    typer.Option(
+        "--push-weight",
+        min=1,
+        max=1000,
+        metavar="N",
+        help="Share of the destination host's push bandwidth against those of other migrations, 1 to 1000. "
+        "Default: 100.",
+    ),
+]
+
+
+class OnLossWord(StrEnum):
+    """What --on-loss can be."""
+
+    WAIT = "wait"
+    KILL = "kill"
+
+
+_ON_LOSS: Final = {OnLossWord.WAIT: pb.ON_LOSS_WAIT, OnLossWord.KILL: pb.ON_LOSS_KILL}
+OnLoss = Annotated[
+    OnLossWord | None,
+    typer.Option(
+        "--on-loss",
+        help="What becomes of the guest at its destination when its missing pages cannot be had: it waits for them, or "
+        "its VMM is killed. Default: as the destination's sidecar is set.",
+    ),
+]
+LossSeconds = Annotated[
+    int | None,
+    typer.Option(
+        "--loss-seconds",
+        min=1,
+        max=MOST_LOSS_SECONDS,
+        metavar="N",
+        help="How long the source may be gone before that happens. Default: as the destination's sidecar is set.",
+    ),
+]
+Checksums = Annotated[
+    bool,
+    typer.Option(
+        "--checksums", help="Have every page carry a checksum; one that comes damaged is fetched again, and counted."
+    ),
+]
+
 
 @dataclass(frozen=True)
 class Connection:
@@ -114,6 +163,7 @@ def limits(
     push_window: int | None,
     fault_objective: int | None,
     push: bool | None,
+    push_weight: int | None,
     base: pb.Limits | None = None,
 ) -> pb.Limits:
     """Return `base`, or no limits at all, changed by those options that were given."""
@@ -128,4 +178,23 @@ def limits(
         changed.fault_objective_us = fault_objective
     if push is not None:
         changed.push_disabled = not push
+    if push_weight is not None:
+        changed.push_weight = push_weight
     return changed
+
+
+def policy(on_loss: OnLossWord | None, loss_seconds: int | None, checksums: bool) -> pb.Policy:
+    """Return the policy that the options say; what they leave out is left to the sidecars' settings.
+
+    Raises FerryError for a time after which nothing would happen.
+    """
+    if on_loss is OnLossWord.WAIT and loss_seconds is not None:
+        raise FerryError(
+            Reason.INVALID_ARGUMENT,
+            "--loss-seconds says when a guest is killed, and with --on-loss wait it never is: leave one of them out",
+        )
+    return pb.Policy(
+        on_loss=_ON_LOSS[on_loss] if on_loss is not None else pb.ON_LOSS_UNSPECIFIED,
+        loss_seconds=loss_seconds or 0,
+        checksums=checksums,
+    )

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pageferry.cli import memory_map
-from pageferry.cli.units import bytes_text, count_text, duration_text, rate_text, share_text
+from pageferry.cli.units import bytes_text, count_text, duration_text, ordinal_text, rate_text, share_text
 from pageferry.v1 import migration_pb2 as pb
 
 PAGE_BYTES: Final = 4096
@@ -22,12 +22,15 @@ _MEANING: Final = {
     pb.MIGRATION_STATE_COMPLETED: "every page is at the destination, the source has let go",
     pb.MIGRATION_STATE_FAILED: "the migration failed",
     pb.MIGRATION_STATE_CANCELLED: "taken back, the guest runs at the source",
+    pb.MIGRATION_STATE_IN_DOUBT: "the guest may have run at the destination, which cannot say; it stands still at the "
+    "source",
 }
 _COLOURS: Final = {
     pb.MIGRATION_STATE_COMPLETED: "green",
     pb.MIGRATION_STATE_FAILED: "red",
     pb.MIGRATION_STATE_CANCELLED: "yellow",
     pb.MIGRATION_STATE_POSTCOPY_PAUSED: "yellow",
+    pb.MIGRATION_STATE_IN_DOUBT: "red",
 }
 
 
@@ -51,7 +54,7 @@ def pages_left(progress: pb.Progress) -> int:
 
 def has_begun(migration: pb.Migration) -> bool:
     """Tell whether there is something to say about the guest's memory."""
-    return bool(migration.progress.pages_total)
+    return bool(migration.progress.pages_total) and not migration.queue_position
 
 
 def total_latency(migration: pb.Migration) -> pb.LatencySummary | None:
@@ -72,7 +75,8 @@ def line(migration: pb.Migration) -> str:
         if latency is not None:
             parts.append(f"fault p50 {duration_text(latency.p50_us)} p99 {duration_text(latency.p99_us)}")
     else:
-        parts.append(meaning(migration.state))
+        parts.append(situation(migration))
+    parts += filter(None, [hint(migration)])
     if migration.error.reason:
         parts.append(f"{migration.error.reason}: {migration.error.message}")
     return parts[0] + " " + ", ".join(parts[1:])
@@ -83,10 +87,26 @@ def meaning(state: int) -> str:
     return _MEANING.get(pb.MigrationState.ValueType(state), "a state that this release does not know")
 
 
+def situation(migration: pb.Migration) -> str:
+    """Return what the migration's state means for it, with its place where it waits for its turn."""
+    if migration.queue_position:
+        return f"waits for its turn: {ordinal_text(migration.queue_position)}"
+    return meaning(migration.state)
+
+
+def hint(migration: pb.Migration) -> str:
+    """Return what a person has to do, or nothing."""
+    if migration.state == pb.MIGRATION_STATE_IN_DOUBT:
+        return f"see what both ends know, and decide: pageferry resolve {migration.migration_id}"
+    return ""
+
+
 def panel(migration: pb.Migration, *, colours: bool = True, width: int = 80) -> Group:
     """Return the migration as a few lines for a terminal that is `width` characters wide."""
     head = Text.assemble((migration.guest_id, "bold"), f"  {route(migration)}  ", state_text(migration.state))
-    rows: list[Text | Table] = [head, Text(meaning(migration.state), style="dim")]
+    rows: list[Text | Table] = [head, Text(situation(migration), style="dim")]
+    if hint(migration):
+        rows.append(Text(hint(migration), style="bold"))
     if has_begun(migration):
         rows.append(Text(_amount(migration.progress)))
         rows += [Text(_traffic(migration.progress)), Text(_faults(migration.progress))]

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pageferry.cli import memory_map, progress
-from pageferry.cli.units import bytes_text, count_text, duration_text, rate_text, share_text
+from pageferry.cli.units import bytes_text, count_text, duration_text, ordinal_text, rate_text, share_text
 from pageferry.client import ended
 from pageferry.v1 import migration_pb2 as pb
 
@@ -31,6 +31,13 @@ _GUEST_STATES: Final = {
     # The sidecar asked, and did not hear.
     pb.GUEST_STATE_UNSPECIFIED: "no answer",
 }
+_ON_LOSS: Final = {
+    pb.ON_LOSS_UNSPECIFIED: "as the destination's sidecar is set",
+    pb.ON_LOSS_WAIT: "the guest waits for it",
+    pb.ON_LOSS_KILL: "the guest is killed",
+}
+DEFAULT_PUSH_WEIGHT: Final = 100
+"""What a weight of 0 means."""
 _ROLES: Final = {pb.ROLE_SOURCE: "leaves", pb.ROLE_DESTINATION: "comes"}
 
 
@@ -68,6 +75,7 @@ def guests(found: Sequence[pb.Guest]) -> RenderableType:
 def migrations(found: Iterable[pb.Migration]) -> RenderableType:
     """Return the migrations that a sidecar knows."""
     table = _table("MIGRATION", "GUEST", "ROLE", "FROM", "TO", "STATE", "MEMORY IN", "DOWNTIME")
+    hints: list[RenderableType] = []
     for migration in found:
         done = migration.progress.pages_total - progress.pages_left(migration.progress)
         table.add_row(
@@ -76,11 +84,20 @@ def migrations(found: Iterable[pb.Migration]) -> RenderableType:
             _ROLES.get(migration.role, "?"),
             migration.source_name or "?",
             migration.destination_name or migration.destination_address,
-            progress.state_text(migration.state),
+            _standing(migration),
             share_text(done, migration.progress.pages_total),
             _duration(migration, "downtime"),
         )
+        if progress.hint(migration):
+            hints.append(Text(f"{migration.migration_id} is in doubt; {progress.hint(migration)}", style="bold"))
+    if hints:
+        return Group(table, Text(), *hints)
     return table if table.row_count else Text("no migrations")
+
+
+def _standing(migration: pb.Migration) -> Text:
+    state = progress.state_text(migration.state)
+    return state.append(f", {ordinal_text(migration.queue_position)}") if migration.queue_position else state
 
 
 def checks(found: Iterable[pb.Check]) -> Table:
@@ -115,7 +132,9 @@ def _facts(found: pb.Migration) -> Table:
     table.add_row("guest", Text(found.guest_id))
     table.add_row("way", Text(f"{progress.route(found)} ({found.destination_address or 'address unknown'})"))
     table.add_row("state", progress.state_text(found.state))
-    table.add_row("", Text(progress.meaning(found.state), style="dim"))
+    table.add_row("", Text(progress.situation(found), style="dim"))
+    if progress.hint(found):
+        table.add_row("", Text(progress.hint(found), style="bold"))
     if found.error.reason:
         table.add_row("error", Text(f"{found.error.reason}: {found.error.message}", style="red"))
     if found.HasField("create_time"):
@@ -123,6 +142,7 @@ def _facts(found: pb.Migration) -> Table:
     if found.HasField("end_time"):
         table.add_row("ended", found.end_time.ToJsonString())
     table.add_row("limits", limits(found.limits))
+    table.add_row("policy", policy(found.policy))
     return table
 
 
@@ -160,6 +180,9 @@ def figures(found: pb.Migration) -> Table:
         table.add_row("  waiting now", count_text(seen.faults_waiting))
     table.add_row("neighbours fetched", count_text(seen.prefetch_issued), _prefetch(seen))
     table.add_row("came twice", count_text(seen.duplicate_pages), "by both lanes at once; the second is dropped")
+    if seen.checksum_mismatches:
+        damaged = Text(count_text(seen.checksum_mismatches), style="yellow")
+        table.add_row("came damaged", damaged, "by their checksums, and were fetched again")
     table.add_row("throughput", throughput(found), "bytes of both lanes over the time to the last page")
     if seen.huge_bytes:
         table.add_row("mapped huge again", bytes_text(seen.huge_bytes), "by 2 MiB pages, after the last page")
@@ -183,7 +206,16 @@ def limits(found: pb.Limits) -> Text:
     rate = rate_text(found.push_bytes_per_second) if found.push_bytes_per_second else "unlimited"
     window = bytes_text(found.push_window_bytes) if found.push_window_bytes else "by the pacer"
     objective = duration_text(found.fault_objective_us) if found.fault_objective_us else "the sidecar's default"
-    return Text(f"push rate {rate}, push window {window}, fault objective {objective}")
+    weight = count_text(found.push_weight or DEFAULT_PUSH_WEIGHT)
+    return Text(f"push rate {rate}, push window {window}, fault objective {objective}, push weight {weight}")
+
+
+def policy(found: pb.Policy) -> Text:
+    """Return a policy in words."""
+    lost = f"lost for {count_text(found.loss_seconds)} s" if found.loss_seconds else "lost"
+    then = _ON_LOSS.get(found.on_loss, f"on_loss {found.on_loss}")
+    checksums = "every page carries a checksum" if found.checksums else "no checksums"
+    return Text(f"source {lost}: {then}; {checksums}")
 
 
 def _pairs() -> Table:

@@ -68,6 +68,12 @@ def count_text(value: int) -> str:
     return f"{value:,}"
 
 
+def ordinal_text(value: int) -> str:
+    """Return a place in a row: `1st`, `2nd`, `3rd`, `11th`."""
+    ending = "th" if value // 10 % 10 == 1 else {1: "st", 2: "nd", 3: "rd"}.get(value % 10, "th")
+    return f"{count_text(value)}{ending}"
+
+
 def duration_text(microseconds: float) -> str:
     """Return a duration with three digits or so: `85 us`, `1.24 ms`, `2.50 s`, `3 min 20 s`."""
     if microseconds < 1_000:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from pageferry.v1 import incoming_pb2
 from pageferryd.control.arrival import Arrival
 from pageferryd.control.arrivals_journal import Arriving
 from pageferryd.control.fitting import refuse_unfit
+from pageferryd.control.keeping import Kept, file_ids, find_in
 from pageferryd.control.landing import Landing, Waiting
 from pageferryd.control.limits import session_options
 from pageferryd.control.view import layout_of
@@ -18,11 +20,8 @@ from pageferryd.core.errors import LayoutError
 from pageferryd.destination.grpc_lanes import GrpcLaneOpener
 from pageferryd.destination.page_calls import Source
 from pageferryd.destination.socket_lanes import SocketLaneOpener
-from pageferryd.linux.pidfd import PidFd
 from pageferryd.linux.proc import started_at
-from pageferryd.linux.userfaultfd import find_userfaultfd
 from pageferryd.source.page_service import layout_to_proto
-from pageferryd.vmm.driver import GuardedMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -47,6 +46,7 @@ class Approach:
         self._pid = 0
         self._started = 0
         self._noted = False
+        self._kept: Kept | None = None
         self.touched = False
         """Whether the VMM knows of this migration, and can serve no other."""
 
@@ -90,9 +90,16 @@ class Approach:
         if not arriving.alive:
             raise FerryError(Reason.VMM_GONE, f"the VMM (process {arriving.pid}) ended while nobody looked")
         layout = _layout_in(arriving.layout)
-        landing = await Landing.open(self._waiting(layout), self._name, self._around.settings, self._opener(layout))
+        self._kept = Kept(self._around.store, self._name)
+        landing = await Landing.open(
+            self._waiting(layout),
+            self._name,
+            self._around.settings,
+            self._opener(layout),
+            fault_token=arriving.fault_token,
+        )
         self._landing = landing
-        await self._arrive(_retake(landing, arriving))
+        await self._arrive(_retake(landing, arriving, self._kept))
         arrival = self.arrived()
         await arrival.look_what_is_there()
         for first, pages in self._around.journal.arrivals.discards(self._name):
@@ -106,16 +113,32 @@ class Approach:
             raise FerryError(Reason.ILLEGAL_STATE, f"migration {self._name} has no memory to fill")
         return self.arrival
 
-    def note(self) -> None:
+    async def note(self) -> None:
         """Note, once there is memory, what a later sidecar must know to go on. FerryError(NO_SPACE)."""
         if self.arrival is None or self._noted:
             return
         layout = layout_to_proto(self.arrival.session.pager.layout)
-        addresses = self.arrival.guarded_addresses
+        descriptors = self.arrival.kept
+        self._kept = Kept(self._around.store, self._name)
+        await self._kept.keep(descriptors)
         self._around.journal.arrivals.ready(
-            Arriving(self._guest.address, self._pid, self._started, self._request, layout, addresses)
+            Arriving(
+                self._guest.address,
+                self._pid,
+                self._started,
+                self._request,
+                layout,
+                self.arrival.guarded_addresses,
+                file_ids(descriptors),
+                self.arrival.fault_token,
+            )
         )
         self._noted = True
+
+    async def drop_kept(self) -> None:
+        """No later sidecar needs the memory any more."""
+        if self._kept is not None:
+            await self._kept.drop()
 
     async def abandon(self) -> None:
         """Let the memory go, or the place where it would have come down: the VMM has ended, or was never to run."""
@@ -124,6 +147,7 @@ class Approach:
             await landing.abandon()
         if self.arrival is not None:
             await self.arrival.abandon()
+        await self.drop_kept()
 
     @property
     def source_address(self) -> str:
@@ -140,7 +164,15 @@ class Approach:
     def _opener(self, layout: Layout) -> LaneOpener:
         request, settings = self._request, self._around.settings
         lanes = request.lane_address if settings.lane_sockets else ""
-        source = Source(request.migration_id, request.page_address, request.source_name, request.token, layout, lanes)
+        source = Source(
+            request.migration_id,
+            request.page_address,
+            request.source_name,
+            request.token,
+            layout,
+            lanes,
+            checksums=request.policy.checksums,
+        )
         over_grpc = GrpcLaneOpener(source, self._around.tls, settings.limits.lane_silence_timeout)
         if not lanes:
             return over_grpc
@@ -178,16 +210,23 @@ class Approach:
             await asyncio.gather(asked, return_exceptions=True)
 
 
-async def _retake(landing: Landing, arriving: Arriving) -> None:
-    """Take the userfaultfd from the VMM, which kept it."""
-    if not arriving.addresses:
+async def _retake(landing: Landing, arriving: Arriving, kept: Kept) -> None:
+    """Take the memory again: what was stored, and the rest from the VMM, which has kept it."""
+    if not arriving.kept:
         raise FerryError(
             Reason.HANDOFF_NO_FD,
-            f"the memory of guest {arriving.prepare.guest_id} was not behind a userfaultfd, and cannot be taken again; "
-            "the guest waits",
+            f"the memory of guest {arriving.prepare.guest_id} cannot be taken again in the way it came; it waits",
         )
-    with PidFd(arriving.pid) as process:
-        landing.take(GuardedMemory(process.get_fd(find_userfaultfd(arriving.pid)), arriving.addresses))
+    found = kept.take(arriving.kept)
+    missing = {name: file_id for name, file_id in arriving.kept.items() if name not in found}
+    if missing:
+        try:
+            found |= await asyncio.to_thread(find_in, arriving.pid, missing)
+        except BaseException:
+            for fd in found.values():
+                os.close(fd)
+            raise
+    landing.take_again(found, arriving.addresses)
 
 
 def _layout_in(message: memory_pb2.MemoryLayout) -> Layout:

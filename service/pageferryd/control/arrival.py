@@ -6,13 +6,11 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from pageferry.errors import FerryError, Reason
-from pageferryd.core.layout import PAGE_SIZE
 from pageferryd.destination.session import Session
-from pageferryd.linux.filled import filled
 from pageferryd.linux.pidfd import PidFd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from pageferryd.control.landing import Landing
     from pageferryd.destination.handed_over import HandedOver
@@ -89,11 +87,8 @@ class Arrival:
 
     async def look_what_is_there(self) -> None:
         """Count pages as present that are in place: an earlier sidecar has filled them."""
-        layout = self.session.pager.layout
-        for address, region, start in zip(self.guarded_addresses, layout.regions, layout.starts, strict=True):
-            for low, high in await asyncio.to_thread(filled, self.pid, address, region.size):
-                first = start + (low - address) // PAGE_SIZE
-                self.session.pager.found(first, (high - low) // PAGE_SIZE)
+        for first, pages in await self._memory.in_place(self.pid):
+            self.session.pager.found(first, pages)
 
     def wake_all(self) -> None:
         """Have everybody that waits for a page touch it again."""
@@ -101,8 +96,18 @@ class Arrival:
 
     @property
     def guarded_addresses(self) -> Sequence[int]:
-        """Where the regions lie in the VMM; empty unless a userfaultfd alone guards them."""
+        """Where the regions lie in the VMM; empty where that is not known."""
         return self._memory.guarded_addresses
+
+    @property
+    def kept(self) -> Mapping[str, int]:
+        """Descriptors with which a later sidecar can go on, by name."""
+        return self._memory.kept
+
+    @property
+    def fault_token(self) -> bytes:
+        """The secret with which the VMM forwards faults."""
+        return self._landing.faults.token
 
     async def let_go(self) -> None:
         """Every page is in: as soon as the VMM asks for nothing more, the guest needs the sidecar no longer."""

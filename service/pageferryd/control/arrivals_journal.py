@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -40,8 +40,9 @@ class Arriving:
     """A guest that is to become this host's, or is, and whose memory is not whole yet.
 
     `address` is its VMM's, `pid` and `started` (see linux/proc.py) its process, `prepare` what the source announced,
-    `layout` the memory as it is filled here, and `addresses` are where its regions lie in the VMM: empty where no
-    userfaultfd guards them.
+    `layout` the memory as it is filled here, and `addresses` are where its regions lie in the VMM. `kept` are the
+    descriptors with which that can be gone on with, by name, with device and inode: none where it cannot. `fault_token`
+    is the secret with which the VMM forwards faults.
     """
 
     address: str
@@ -50,6 +51,8 @@ class Arriving:
     prepare: incoming_pb2.PrepareRequest
     layout: memory_pb2.MemoryLayout
     addresses: Sequence[int]
+    kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    fault_token: bytes = field(default=b"", repr=False)
 
     @property
     def alive(self) -> bool:
@@ -76,6 +79,8 @@ class ArrivalsJournal:
             "prepare": json_format.MessageToDict(arriving.prepare),
             "layout": json_format.MessageToDict(arriving.layout),
             "addresses": list(arriving.addresses),
+            "kept": {name: list(file_id) for name, file_id in arriving.kept.items()},
+            "fault_token": arriving.fault_token.hex(),
         }
         self._notes.write(arriving.prepare.migration_id + _READY, content)
 
@@ -197,6 +202,8 @@ def _read(content: dict[str, Any]) -> Arriving:
             json_format.ParseDict(content["prepare"], incoming_pb2.PrepareRequest()),
             json_format.ParseDict(content["layout"], memory_pb2.MemoryLayout()),
             [int(address) for address in content["addresses"]],
+            {str(name): (int(device), int(inode)) for name, (device, inode) in content["kept"].items()},
+            bytes.fromhex(content["fault_token"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, json_format.ParseError) as error:
         raise UnreadableNoteError(f"{type(error).__name__}: {error}") from error

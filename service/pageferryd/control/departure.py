@@ -119,7 +119,15 @@ class Departure:
         record, layout = self._record, memory.layout
         source = SourceMemory.open(layout, memory.locations, memory.holder)
         self._memory = memory
-        self.served = Served(record.migration_id, self._token, record.destination_name, source, layout, self._completed)
+        self.served = Served(
+            record.migration_id,
+            self._token,
+            record.destination_name,
+            source,
+            layout,
+            self._completed,
+            checksums=record.policy.checksums,
+        )
         self._pages.offer(self.served)
         return self.served
 

@@ -40,9 +40,12 @@ class Faults:
         self._json: JsonFaults | None = None
 
     @classmethod
-    async def start(cls, settings: Settings, directory: VmmDirectory) -> Self:
-        """Listen for the VMM of the directory; faults are refused until `connect`. FerryError(PERMISSION_MISSING)."""
-        token = secrets.token_bytes(TOKEN_BYTES)
+    async def start(cls, settings: Settings, directory: VmmDirectory, token: bytes = b"") -> Self:
+        """Listen for the VMM of the directory; faults are refused until `connect`. FerryError(PERMISSION_MISSING).
+
+        `token` is the VMM's secret where that has one already.
+        """
+        token = token or secrets.token_bytes(TOKEN_BYTES)
         servicer = FaultServicer(token)
         server = grpc.aio.server(
             interceptors=[Guard(settings)], options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS

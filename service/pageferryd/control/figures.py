@@ -23,6 +23,7 @@ def figures_of(arrival: Arrival) -> Figures:
         push_held_seconds=pager.pacer.held_seconds,
         reconnects=session.reconnects,
         discarded_pages=pager.map.discarded.count,
+        checksum_mismatches=session.placer.checksum_mismatches,
     )
     figures.faults.update(session.intake.counts)
     figures.latencies.add(session.latencies)

@@ -43,7 +43,7 @@ class Incoming(IncomingEnd):
             try:
                 async with asyncio.timeout(self._limits.prepare_timeout):
                     await self._approach.ready(request, self._refuse_ended)
-                    self._approach.note()
+                    await self._approach.note()
             except FerryError as error:
                 await self._give_up(error)
                 raise
@@ -90,7 +90,7 @@ class Incoming(IncomingEnd):
         await self._approach.ready_late(request.layout)
         self.record.lifecycle.to(State.HANDING_OVER)
         await self._approach.load(request.state, self._serve)
-        self._approach.note()
+        await self._approach.note()
         if self.record.state.final:
             # It was given up while the memory was on its way here.
             await self._clean_up()

@@ -104,6 +104,7 @@ class IncomingEnd:
         self._loss.back()
         await arrival.let_go()
         self._journal.completed(record.migration_id)
+        await self._approach.drop_kept()
         self._forget_arrival()
         self._guest.migration_id = None
         record.error = None
@@ -229,7 +230,8 @@ class IncomingEnd:
 
     def _paused(self, error: FerryError | None) -> None:
         record = self.record
-        record.trouble(error)
+        if error is None or not self._loss.expired:
+            record.trouble(error)
         if error is None:
             self._loss.back()
         elif self._committed:

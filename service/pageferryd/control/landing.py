@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, Self
 from pageferry.errors import FerryError, Reason
 from pageferryd.control.faults import Faults
 from pageferryd.destination.given_files import GivenMemory
-from pageferryd.destination.handed_over import guarded
+from pageferryd.destination.handed_over import guarded, taken_again
 from pageferryd.destination.handoff import HandoffListener
 from pageferryd.linux.vmm_directory import VmmDirectory
 from pageferryd.vmm.driver import GivenFiles, GuardedMemory
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from pageferryd.config import Settings
     from pageferryd.core.layout import Layout
     from pageferryd.destination.handed_over import HandedOver
@@ -53,9 +55,17 @@ class Landing:
 
     @classmethod
     async def open(
-        cls, vmm: Waiting, name: str, settings: Settings, opener: LaneOpener, lanes: Lanes | None = None
+        cls,
+        vmm: Waiting,
+        name: str,
+        settings: Settings,
+        opener: LaneOpener,
+        lanes: Lanes | None = None,
+        fault_token: bytes = b"",
     ) -> Self:
         """Listen for the VMM. `name` tells this migration's directory from others'; open `lanes` are taken over.
+
+        `fault_token` is the secret that the VMM knows already; it is told a new one where that is empty.
 
         FerryError: PERMISSION_MISSING, VMM_GONE; the lanes are closed then.
         """
@@ -63,7 +73,7 @@ class Landing:
         faults: Faults | None = None
         try:
             directory = VmmDirectory.make(settings.runtime_dir, name, vmm.pid)
-            faults = await Faults.start(settings, directory)
+            faults = await Faults.start(settings, directory, fault_token)
             landing = cls(vmm, settings, directory, faults, opener)
         except BaseException:
             if lanes is not None:
@@ -92,6 +102,13 @@ class Landing:
             taken: HandedOver = guarded(memory.uffd, memory.addresses, self.layout)
         else:
             taken = GivenMemory(self.layout, memory.files, memory.connection)
+        self._take(taken)
+
+    def take_again(self, kept: Mapping[str, int], addresses: Sequence[int]) -> None:
+        """Take memory of which an earlier sidecar had these descriptors. FerryError(HANDOFF_*): they are closed."""
+        self._take(taken_again(kept, addresses, self.layout))
+
+    def _take(self, taken: HandedOver) -> None:
         if self._taken.done():
             taken.close()
             raise FerryError(Reason.INTERNAL, "the memory of this guest was taken already, or is wanted no longer")

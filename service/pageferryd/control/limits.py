@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pageferry.errors import FerryError, Reason
 from pageferryd.core.pacing import MIN_WINDOW, PacingOptions
 from pageferryd.core.pager import PagerOptions
+from pageferryd.core.push_share import DEFAULT_WEIGHT, MAX_WEIGHT
 from pageferryd.destination.session import SessionOptions
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ def check_limits(given: migration_pb2.Limits) -> None:
             Reason.INVALID_ARGUMENT,
             f"push_window_bytes is {window}: give {MIN_WINDOW} to {_LARGEST_WINDOW}, or 0 for the default",
         )
+    if given.push_weight > MAX_WEIGHT:
+        raise FerryError(
+            Reason.INVALID_ARGUMENT,
+            f"push_weight is {given.push_weight}: give 1 to {MAX_WEIGHT}, or 0 for {DEFAULT_WEIGHT}",
+        )
 
 
 def pacing_options(given: migration_pb2.Limits, settings: Limits) -> PacingOptions:
@@ -33,6 +39,7 @@ def pacing_options(given: migration_pb2.Limits, settings: Limits) -> PacingOptio
         objective=(given.fault_objective_us or settings.fault_objective_us) / 1e6,
         bytes_per_second=given.push_bytes_per_second or settings.push_bytes_per_second,
         disabled=given.push_disabled,
+        weight=given.push_weight or DEFAULT_WEIGHT,
     )
 
 

@@ -42,6 +42,8 @@ class LossWatch:
         self._limits = limits
         self._lost = lost
         self._timer: asyncio.TimerHandle | None = None
+        self.expired = False
+        """Whether the source has been gone for too long, and still is."""
 
     @property
     def _seconds(self) -> int:
@@ -50,13 +52,15 @@ class LossWatch:
     def gone(self) -> None:
         """The source is gone; said again, the time that it has is not begun anew."""
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._expired)
+            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._expire)
 
     def back(self) -> None:
         """The source is there again, or nobody needs it any more."""
+        self.expired = False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _expired(self) -> None:
+    def _expire(self) -> None:
+        self.expired = True
         self._lost(FerryError(Reason.SOURCE_LOST, f"the source has been gone for {self._seconds} s"))

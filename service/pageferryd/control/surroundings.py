@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pageferryd.control.turns import Turns
+from pageferryd.linux.fd_store import FdStore
 
 if TYPE_CHECKING:
     from pageferry.tls import TlsFiles
@@ -24,3 +26,5 @@ class Surroundings:
     journal: Journal
     turns: Turns = field(default_factory=Turns)
     """Whose turn it is to leave."""
+    store: FdStore = field(default_factory=partial(FdStore, "", 0))
+    """Where descriptors outlive this process."""

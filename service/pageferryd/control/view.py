@@ -86,6 +86,7 @@ def add_session(message: migration_pb2.Migration, session: Session, rate: float)
             push_pages=counts.push_pages,
             zero_pages=counts.zero_pages,
             duplicate_pages=counts.duplicate_pages,
+            checksum_mismatches=session.placer.checksum_mismatches,
             demand_bytes=counts.demand_bytes,
             push_bytes=counts.push_bytes,
             faults=counts.faults,

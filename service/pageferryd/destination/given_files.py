@@ -14,7 +14,7 @@ from pageferryd.linux.memory_file import MemoryFile
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from pageferryd.destination.door import FaultDoor
     from pageferryd.destination.installer import Installer
@@ -64,6 +64,15 @@ class GivenMemory:
     @property
     def guarded_addresses(self) -> Sequence[int]:
         """None: the VMM has a userfaultfd of its own."""
+        return ()
+
+    @property
+    def kept(self) -> Mapping[str, int]:
+        """None: what the VMM has asked and was not answered is lost with the process that it asked."""
+        return {}
+
+    async def in_place(self, pid: int) -> Sequence[tuple[int, int]]:
+        """None that a later sidecar could know of."""
         return ()
 
     async def finished(self) -> None:

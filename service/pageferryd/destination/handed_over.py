@@ -6,6 +6,7 @@ order; without a userfaultfd the other two.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -17,12 +18,13 @@ from pageferryd.destination.memfd_installer import MemfdInstaller
 from pageferryd.destination.uffd_door import UffdDoor
 from pageferryd.destination.uffd_installer import UffdInstaller
 from pageferryd.destination.userfault_bitmap import UserfaultBitmap
+from pageferryd.linux.filled import filled
 from pageferryd.linux.memory_file import MemoryFile
 from pageferryd.linux.userfaultfd import Userfaultfd, is_userfaultfd
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from pageferryd.destination.door import FaultDoor
     from pageferryd.destination.installer import Installer
@@ -53,7 +55,14 @@ class HandedOver(Protocol):
 
     @property
     def guarded_addresses(self) -> Sequence[int]:
-        """Where the regions lie in the VMM, if a userfaultfd alone guards them: enough to take them again."""
+        """Where the regions lie in the VMM; empty where that is not known."""
+
+    @property
+    def kept(self) -> Mapping[str, int]:
+        """Descriptors with which a later sidecar can go on, by what they are; none where it cannot."""
+
+    async def in_place(self, pid: int) -> Sequence[tuple[int, int]]:
+        """Return the runs of pages that are in place in the VMM `pid`, which an earlier sidecar has filled."""
 
     async def finished(self) -> None:
         """Every page is in: wait until the VMM needs no more answers. Doors must be open meanwhile."""
@@ -103,7 +112,24 @@ class Handoff(NamedTuple):
     @property
     def guarded_addresses(self) -> Sequence[int]:
         """See HandedOver."""
-        return self.addresses.addresses if self.memory is None else ()
+        return self.addresses.addresses
+
+    @property
+    def kept(self) -> Mapping[str, int]:
+        """See HandedOver. Not the connection: a VMM whose connection breaks asks its faults anew, where it can."""
+        owned = {"uffd": self.uffd, "memory": self.memory, "bitmap": self.bitmap}
+        return {name: one.fileno() for name, one in owned.items() if one is not None}
+
+    async def in_place(self, pid: int) -> Sequence[tuple[int, int]]:
+        """See HandedOver: of a bitmap, what lets accesses through; else what the kernel has mapped."""
+        if self.bitmap is not None:
+            return await asyncio.to_thread(self.bitmap.clear_runs)
+        found: list[tuple[int, int]] = []
+        layout = self.layout
+        for address, region, start in zip(self.addresses.addresses, layout.regions, layout.starts, strict=True):
+            for low, high in await asyncio.to_thread(filled, pid, address, region.size):
+                found.append((start + (low - address) // PAGE_SIZE, (high - low) // PAGE_SIZE))
+        return found
 
     async def finished(self) -> None:
         """Nothing to wait for: the kernel answers for pages that are in place."""
@@ -119,6 +145,20 @@ class Handoff(NamedTuple):
             if owned is not None:
                 owned.close()
         self.let_go()
+
+
+def taken_again(kept: Mapping[str, int], addresses: Sequence[int], layout: Layout) -> Handoff:
+    """Make the hand-off again of which these descriptors were `kept`; they are closed where that cannot be.
+
+    FerryError: HANDOFF_NO_FD, HANDOFF_REGIONS.
+    """
+    fds = list(kept.values())
+    try:
+        return assemble(fds, AddressMap(layout, addresses), None)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
 
 
 def guarded(fd: int, addresses: Sequence[int], layout: Layout) -> Handoff:
@@ -137,7 +177,7 @@ def guarded(fd: int, addresses: Sequence[int], layout: Layout) -> Handoff:
         raise
 
 
-def assemble(fds: list[int], addresses: AddressMap, connection: socket.socket) -> Handoff:
+def assemble(fds: list[int], addresses: AddressMap, connection: socket.socket | None) -> Handoff:
     """Make a hand-off of its descriptors, which are taken out of `fds` one by one as they find an owner.
 
     FerryError: HANDOFF_NO_FD where they are none of the forms, HANDOFF_REGIONS where they do not fit the guest.

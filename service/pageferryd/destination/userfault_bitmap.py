@@ -11,6 +11,9 @@ import ctypes
 import mmap
 import os
 
+from bitarray import bitarray
+from bitarray.util import intervals
+
 from pageferry.errors import FerryError, Reason
 from pageferryd.linux.atomic import atomic_and
 from pageferryd.linux.memory_file import forbid_shrinking, is_huge, is_memfd
@@ -62,6 +65,18 @@ class UserfaultBitmap:
                 # Nothing of a whole word is kept, so that a store does; it stays behind the barrier above.
                 ctypes.memset(self._address + first // 8, 0, words * 8)
                 first += words * _WORD_BITS
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._fd
+
+    def clear_runs(self) -> list[tuple[int, int]]:
+        """Return the runs of pages, (first, length), whose accesses are let through."""
+        self._check(0, 1)
+        missing = bitarray(endian="little")
+        missing.frombytes(ctypes.string_at(self._address, bitmap_bytes(self._pages)))
+        del missing[self._pages :]
+        return [(start, stop - start) for value, start, stop in intervals(missing) if not value]
 
     def is_set(self, page: int) -> bool:
         """Say whether an access to the page still faults."""

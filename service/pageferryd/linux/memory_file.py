@@ -71,6 +71,10 @@ class MemoryFile:
             self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
             self._stores = self.is_guest_memfd and not _kernel_reaches(self._address)
 
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._fd
+
     def write(self, offset: int, data: bytes, start: int, length: int) -> None:
         """Write `length` bytes of `data` from `start` on.
 
