@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pageferry.v1 import page_pb2
+from pageferryd.core.checksums import checksums_of
 from pageferryd.core.errors import MalformedPagesError
 from pageferryd.core.layout import PAGE_SIZE
-from pageferryd.core.runs import MAX_RUNS, POISONED, RAW, ZERO, Batch, Run, decode, encode
+from pageferryd.core.runs import MAX_RUNS, POISONED, PRIVATE, RAW, ZERO, Batch, Run, decode, encode
 
 GENERATED = [page_pb2.FetchPagesResponse, page_pb2.PushPagesResponse]
 
@@ -59,9 +62,31 @@ def test_the_bytes_are_those_of_the_generated_class(kind: type, message: tuple[l
     assert (batch.runs, batch.last) == (runs, last)
 
 
-def outcome(message: bytes) -> Batch | None:
+@pytest.mark.parametrize("kind", GENERATED)
+@given(messages())
+def test_checksums_are_written_and_read_as_the_generated_class_does(
+    kind: type, message: tuple[list[Run], list[bytes], bool]
+) -> None:
+    runs, data, last = message
+    last = last and kind is page_pb2.PushPagesResponse
+    column = checksums_of(data)
+    expected = generated(kind, runs, data, last=last)
+    expected.checksums.extend(struct.unpack(f"<{len(data)}Q", column))
+    written = encode(runs, data, last=last, checksums=column)
+    assert written == expected.SerializeToString()
+
+    batch = decode(written, checksums=True)
+    assert (batch.runs, batch.last) == (runs, last)
+    assert batch.message[batch.offset : batch.offset + PAGE_SIZE * len(data)] == b"".join(data)
+    if data:
+        assert batch.message[batch.checksums : batch.checksums + len(column)] == column
+    else:
+        assert batch.checksums == 0
+
+
+def outcome(message: bytes, *, checksums: bool = False) -> Batch | None:
     try:
-        return decode(message)
+        return decode(message, checksums=checksums)
     except MalformedPagesError:
         return None
 
@@ -71,9 +96,9 @@ def test_no_bytes_are_an_empty_message() -> None:
 
 
 @settings(max_examples=500)
-@given(st.binary(max_size=60))
-def test_any_bytes_give_a_batch_or_are_malformed(message: bytes) -> None:
-    outcome(message)
+@given(st.binary(max_size=60), st.booleans())
+def test_any_bytes_give_a_batch_or_are_malformed(message: bytes, checksums: bool) -> None:
+    outcome(message, checksums=checksums)
 
 
 # Tags and lengths that are nearly right reach deeper than random bytes.
@@ -86,9 +111,9 @@ field = st.builds(
 
 
 @settings(max_examples=500)
-@given(st.lists(field, max_size=6).map(b"".join))
-def test_fields_that_are_nearly_right_give_a_batch_or_are_malformed(message: bytes) -> None:
-    agrees_with_generated(message)
+@given(st.lists(field, max_size=6).map(b"".join), st.booleans())
+def test_fields_that_are_nearly_right_give_a_batch_or_are_malformed(message: bytes, checksums: bool) -> None:
+    agrees_with_generated(message, checksums=checksums)
 
 
 @settings(max_examples=300)
@@ -97,16 +122,18 @@ def test_a_message_with_some_bytes_changed_gives_what_the_generated_class_reads_
     message: tuple[list[Run], list[bytes], bool], data: st.DataObject
 ) -> None:
     runs, parts, last = message
-    changed = bytearray(encode(runs, parts, last=last))
+    checksums = data.draw(st.booleans())
+    changed = bytearray(encode(runs, parts, last=last, checksums=checksums_of(parts) if checksums else b""))
     for _ in range(data.draw(st.integers(0, 3))):
         if changed:
             # Most of the form is in the first bytes; the pages are the rest.
-            changed[data.draw(st.integers(0, min(len(changed), 120) - 1))] = data.draw(st.integers(0, 255))
-    agrees_with_generated(bytes(changed[: data.draw(st.integers(0, len(changed)))]))
+            at = data.draw(st.integers(0, min(len(changed), 120) - 1))
+            changed[data.draw(st.sampled_from([at, -1 - at]))] = data.draw(st.integers(0, 255))
+    agrees_with_generated(bytes(changed[: data.draw(st.integers(0, len(changed)))]), checksums=checksums)
 
 
-def agrees_with_generated(message: bytes) -> None:
-    batch = outcome(message)
+def agrees_with_generated(message: bytes, *, checksums: bool) -> None:
+    batch = outcome(message, checksums=checksums)
     if batch is None:
         return
     expected = page_pb2.PushPagesResponse.FromString(message)
@@ -115,6 +142,9 @@ def agrees_with_generated(message: bytes) -> None:
     assert bytes(run.kind for run in batch.runs) == expected.kinds
     assert batch.message[batch.offset : batch.offset + len(expected.data)] == expected.data
     assert batch.last == expected.last
+    assert len(expected.checksums) == (len(expected.data) // PAGE_SIZE if checksums else 0)
+    column = struct.pack(f"<{len(expected.checksums)}Q", *expected.checksums)
+    assert batch.message[batch.checksums : batch.checksums + len(column)] == column
 
 
 PAGE = bytes(PAGE_SIZE)
@@ -153,5 +183,50 @@ def test_a_malformed_message_is_refused(message: bytes) -> None:
 
 
 def test_fields_of_a_later_version_are_skipped() -> None:
-    later = GOOD + b"\x30\x05" + b"\x3a\x02hi" + b"\x82\x01\x01x"
+    later = GOOD + b"\x38\x05" + b"\x42\x02hi" + b"\x82\x01\x01x"
     assert decode(later).runs == decode(GOOD).runs
+
+
+CHECKSUM = checksums_of([PAGE])
+CHECKED = encode([Run(1, 1, RAW)], [PAGE], checksums=CHECKSUM)
+TWO = [Run(1, 1, RAW), Run(7, 1, PRIVATE)]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param(GOOD, id="a page without"),
+        pytest.param(encode(TWO, [PAGE, PAGE]), id="two pages without"),
+        pytest.param(encode(TWO, [PAGE, PAGE], checksums=CHECKSUM), id="one for two pages"),
+        pytest.param(encode([Run(1, 1, RAW)], [PAGE], checksums=CHECKSUM * 2), id="two for one page"),
+        pytest.param(encode([Run(1, 1, RAW)], [PAGE], checksums=CHECKSUM[:-1]), id="a short one"),
+        pytest.param(encode([Run(1, 1, ZERO)], [], checksums=CHECKSUM), id="one for a page of zeroes"),
+        pytest.param(CHECKED + b"\x32\x00", id="the column twice"),
+        pytest.param(GOOD + b"\x30\x05", id="a number instead of the column"),
+        pytest.param(CHECKED[:-1], id="the end in the column"),
+        pytest.param(CHECKED[: -len(CHECKSUM)], id="the end before the column"),
+    ],
+)
+def test_pages_that_must_carry_checksums_and_do_not_are_refused(message: bytes) -> None:
+    with pytest.raises(MalformedPagesError):
+        decode(message, checksums=True)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param(CHECKED, id="a page"),
+        pytest.param(encode(TWO, [PAGE, PAGE], checksums=CHECKSUM * 2), id="two pages"),
+        pytest.param(encode([Run(1, 1, RAW)], [PAGE], last=True, checksums=CHECKSUM), id="the last of an answer"),
+    ],
+)
+def test_checksums_that_nobody_asked_for_are_refused(message: bytes) -> None:
+    assert decode(message, checksums=True).checksums
+    with pytest.raises(MalformedPagesError):
+        decode(message)
+
+
+def test_pages_of_zeroes_and_poisoned_ones_need_no_checksums() -> None:
+    runs = [Run(3, 5, ZERO), Run(9, 1, POISONED)]
+    for message in (encode(runs, []), encode(runs, []) + b"\x32\x00"):
+        assert decode(message, checksums=True) == Batch(runs, message, 0, last=False)

@@ -35,10 +35,12 @@ def expected(page: int) -> bytes:
 class Arriving:
     """The guest; `paused` has what the session told of its lanes, in order."""
 
-    def __init__(self, guarded: Guarded, *, silence: float = DEADLINE, push: bool = True) -> None:
+    def __init__(
+        self, guarded: Guarded, *, silence: float = DEADLINE, push: bool = True, checksums: bool = False
+    ) -> None:
         self.guarded = guarded
         self.layout = guarded.layout
-        self.source = QueueSource(guarded.layout, at_source)
+        self.source = QueueSource(guarded.layout, at_source, checksums=checksums)
         self.paused: list[Reason | None] = []
         self._changed = asyncio.Event()
         pager = PagerOptions(silence=silence, fault_around=0, pacing=PacingOptions(disabled=not push))

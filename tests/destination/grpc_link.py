@@ -40,6 +40,7 @@ class GrpcLink:
         memory = SourceMemory.open(self.layout, [location], os.getpid())
         self.completions = 0
         self.served = Served("m", TOKEN, "destination", memory, self.layout, self._complete)
+        self.checksums = False
         self.served.open()
         self.pages = PageService(secure=authority is not None)
         self.pages.offer(self.served)
@@ -57,6 +58,10 @@ class GrpcLink:
         self.pages.withdraw("m")
         self._guest.close()
 
+    def carry_checksums(self) -> None:
+        """Both ends, from now on."""
+        self.served.checksums = self.checksums = True
+
     def opener(
         self,
         *,
@@ -66,7 +71,12 @@ class GrpcLink:
         name: str = "destination",
     ) -> GrpcLaneOpener:
         source = Source(
-            migration, self._proxy.address, "source", TOKEN if token is None else token, layout or self.layout
+            migration,
+            self._proxy.address,
+            "source",
+            TOKEN if token is None else token,
+            layout or self.layout,
+            checksums=self.checksums,
         )
         return GrpcLaneOpener(source, self.files(name), SECONDS)
 

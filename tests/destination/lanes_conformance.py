@@ -10,6 +10,7 @@ import pytest
 from guarded import content, contents
 
 from pageferry.errors import FerryError, Reason
+from pageferryd.core.checksums import checksums_of, damaged_pages
 from pageferryd.core.layout import PAGE_SIZE, Layout, Region
 from pageferryd.core.runs import RAW, ZERO, Run, decode
 from pageferryd.destination.lanes import LaneOpener, Lanes
@@ -30,6 +31,9 @@ class Link(Protocol):
 
     def stranger(self) -> LaneOpener:
         """Return an opener of somebody whom the guest was not sent to, or skip where nobody proves a name."""
+
+    def carry_checksums(self) -> None:
+        """Make every page carry its checksum, on lanes that are opened from now on."""
 
     def close_memory(self) -> None:
         """Make the guest run at the source still."""
@@ -131,6 +135,27 @@ class LanesConformance:
         for _ in range(50):
             _, data = await pushed_until_last(lanes)
             assert data == contents(0, HOLE)
+        await lanes.close()
+
+    async def test_no_page_carries_a_checksum_unless_it_is_asked_for(self, lanes: Lanes) -> None:
+        assert not lanes.checksums
+        await lanes.fetch([(3, 1)])
+        await lanes.push([(0, 8)], 8 * PAGE_SIZE)
+        for read in (lanes.fetched, lanes.pushed):
+            assert decode(await soon(read()), checksums=lanes.checksums).checksums == 0
+        await lanes.close()
+
+    async def test_pages_carry_their_checksums_on_both_lanes(self, link: Link) -> None:
+        link.carry_checksums()
+        lanes = await link.opener().open()
+        assert lanes.checksums
+        await lanes.fetch([(9, 1)])
+        await lanes.fetch([(3, 2), (HOLE, 1)])
+        await lanes.push([(HOLE - 2, 4)], 4 * PAGE_SIZE)
+        for read, first, pages in ((lanes.fetched, 9, 1), (lanes.fetched, 3, 2), (lanes.pushed, HOLE - 2, 2)):
+            batch = decode(await soon(read()), checksums=lanes.checksums)
+            assert batch.message[batch.checksums :][: 8 * pages] == checksums_of([contents(first, pages)])
+            assert damaged_pages(batch.message, batch.offset, pages, batch.message, batch.checksums) == []
         await lanes.close()
 
     async def test_lanes_can_be_opened_again_beside_others(self, link: Link, lanes: Lanes) -> None:

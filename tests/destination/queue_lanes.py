@@ -87,6 +87,7 @@ class QueueLanes:
     """One connection."""
 
     def __init__(self, source: QueueSource) -> None:
+        self.checksums = source.served.checksums
         self._source = source
         self._streams = {lane: _Stream(source, lane) for lane in Lane}
         self.lost: FerryError | None = None
@@ -133,7 +134,7 @@ class QueueLanes:
 class QueueSource:
     """A source whose memory is `layout`, filled by `fill`, and every connection to it."""
 
-    def __init__(self, layout: Layout, fill: Callable[[int], bytes | None]) -> None:
+    def __init__(self, layout: Layout, fill: Callable[[int], bytes | None], *, checksums: bool = False) -> None:
         self.layout = layout
         self._memories = [GuestMemory(region.size) for region in layout.regions]
         for memory, start in zip(self._memories, layout.starts, strict=True):
@@ -147,7 +148,7 @@ class QueueSource:
         ]
         source = SourceMemory.open(layout, locations, os.getpid())
         self.completions = 0
-        self.served = Served("m", TOKEN, "", source, layout, self._complete)
+        self.served = Served("m", TOKEN, "", source, layout, self._complete, checksums=checksums)
         self.served.open()
         self.pages = PageService(secure=False)
         self.pages.offer(self.served)

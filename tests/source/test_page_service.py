@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +18,7 @@ from pageferry.errors import FerryError, Reason, from_rpc
 from pageferry.tls import TlsFiles
 from pageferry.v1 import memory_pb2, page_pb2, page_pb2_grpc
 from pageferryd.config import Settings, Tls
+from pageferryd.core.checksums import checksums_of
 from pageferryd.core.layout import Layout, Region
 from pageferryd.core.requests import MAX_CREDIT, MAX_FETCH_PAGES, MAX_PUSH_RUNS
 from pageferryd.server import GrpcServer
@@ -222,6 +224,24 @@ async def test_zeroes_alone_come_in_one_answer_without_bytes(caller: Caller) -> 
     (answer,) = await caller.push(PAGE, (200, 200))
     assert len(listed(answer)) == 200
     assert answer.data == b""
+
+
+async def test_each_raw_page_carries_its_checksum_where_the_policy_asks_for_them(
+    source: Source, caller: Caller
+) -> None:
+    source.served.checksums = True
+    answers = [await caller.fetch((7, 1)), await caller.fetch((148, 4), (250, 1), (400, 6), (199, 2))]
+    answers += await caller.push(150 * PAGE, (0, PAGES))
+    for answer in answers:
+        column = struct.pack(f"<{len(answer.checksums)}Q", *answer.checksums)
+        assert len(answer.checksums) == len(answer.data) // PAGE
+        assert column == checksums_of([answer.data])
+    assert sum(len(answer.checksums) for answer in answers) == 1 + (4 + 3 + 1) + 150
+
+
+async def test_no_page_carries_a_checksum_otherwise(caller: Caller) -> None:
+    answers = [await caller.fetch((7, 1)), await caller.fetch((148, 4)), *await caller.push(150 * PAGE, (0, PAGES))]
+    assert all(answer.data and not answer.checksums for answer in answers)
 
 
 async def test_nothing_is_read_before_the_guest_stands_still(source: Source, caller: Caller) -> None:

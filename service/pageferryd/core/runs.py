@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
+from pageferryd.core.checksums import CHECKSUM_SIZE
 from pageferryd.core.errors import MalformedPagesError
 from pageferryd.core.layout import PAGE_SIZE
 
@@ -33,8 +34,9 @@ _TAG_COUNT = b"\x12"
 _TAG_KINDS = b"\x1a"
 _TAG_DATA = b"\x22"
 _LAST = b"\x28\x01"
-_TAGS = frozenset({0x0A, 0x12, 0x1A, 0x22, 0x28})
-_LAST_FIELD = 5
+_TAG_CHECKSUMS = b"\x32"
+_TAGS = frozenset({0x0A, 0x12, 0x1A, 0x22, 0x28, 0x32})
+_LAST_FIELD = 6
 _MAX_VARINT = 2**64 - 1
 _MAX_SHORT = 2**32 - 1
 _MAX_SHORT_BYTES = 5
@@ -50,12 +52,16 @@ class Run(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A decoded message: its runs, and the bytes of the raw ones end to end inside `message` from `offset` on."""
+    """A decoded message: its runs, and the bytes of the raw ones end to end inside `message` from `offset` on.
+
+    `checksums` is where the checksums of the raw pages begin, in the same order; 0 where there are none.
+    """
 
     runs: list[Run]
     message: bytes
     offset: int
     last: bool
+    checksums: int = 0
 
 
 # A single raw page, as nearly every answer on the demand lane is: all of its head but the page number is constant.
@@ -64,6 +70,10 @@ _AFTER_FIRST = b"\x12\x04" + struct.pack("<I", 1) + b"\x1a\x01" + bytes((RAW,)) 
 _PAGE_FIRST = struct.Struct(f"<2sQ{len(_AFTER_FIRST)}s")
 _PAGE_HEAD_SIZE = _PAGE_FIRST.size
 _PAGE_MESSAGE = _PAGE_HEAD_SIZE + PAGE_SIZE
+# The same with its checksum, which is all that follows the page.
+_BEFORE_CHECKSUM = _TAG_CHECKSUMS + bytes((CHECKSUM_SIZE,))
+_CHECKSUM_AT = _PAGE_MESSAGE + len(_BEFORE_CHECKSUM)
+_CHECKED_MESSAGE = _CHECKSUM_AT + CHECKSUM_SIZE
 
 
 def raw_pages(runs: Sequence[Run]) -> int:
@@ -87,18 +97,24 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-def encode(runs: Sequence[Run], data: Sequence[bytes | memoryview], *, last: bool = False) -> bytes:
-    """Return the message; `data` are the bytes of the raw runs in order, in any number of parts."""
-    return b"".join(encode_parts(runs, data, last=last))
+def encode(
+    runs: Sequence[Run], data: Sequence[bytes | memoryview], *, last: bool = False, checksums: bytes = b""
+) -> bytes:
+    """Return the message; `data` are the bytes of the raw runs in order, in any number of parts.
+
+    `checksums` are those of the raw pages, as `checksums_of` gives them, or nothing.
+    """
+    return b"".join(encode_parts(runs, data, last=last, checksums=checksums))
 
 
 def encode_parts(
-    runs: Sequence[Run], data: Sequence[bytes | memoryview], *, last: bool = False
+    runs: Sequence[Run], data: Sequence[bytes | memoryview], *, last: bool = False, checksums: bytes = b""
 ) -> list[bytes | memoryview]:
     """Return the message in parts, the pages among them as they were given."""
     count = len(runs)
     if count == len(data) == 1 and runs[0][1:] == (1, RAW) and not last:
-        return [_PAGE_FIRST.pack(_BEFORE_FIRST, runs[0].first, _AFTER_FIRST), data[0]]
+        head = _PAGE_FIRST.pack(_BEFORE_FIRST, runs[0].first, _AFTER_FIRST)
+        return [head, data[0], _BEFORE_CHECKSUM, checksums] if checksums else [head, data[0]]
     size = sum(map(len, data))
     parts: list[bytes | memoryview] = []
     if count:
@@ -117,6 +133,8 @@ def encode_parts(
         parts += [_TAG_DATA, varint(size), *data]
     if last:
         parts.append(_LAST)
+    if checksums:
+        parts += [_TAG_CHECKSUMS, varint(len(checksums)), checksums]
     return parts
 
 
@@ -164,12 +182,19 @@ def _fields(message: bytes) -> dict[int, tuple[int, int]]:
     return found
 
 
-def decode(message: bytes) -> Batch:
-    """Read a message; raise MalformedPagesError where its columns or its bytes do not agree."""
-    if len(message) == _PAGE_MESSAGE:
+def decode(message: bytes, *, checksums: bool = False) -> Batch:
+    """Read a message; raise MalformedPagesError where its columns or its bytes do not agree.
+
+    With `checksums` there must be one a raw page, and none without: two ends that do not agree on whether pages are
+    checked would lose the checks in silence.
+    """
+    if len(message) == (_CHECKED_MESSAGE if checksums else _PAGE_MESSAGE):
         before, first, after = _PAGE_FIRST.unpack_from(message)
         if before == _BEFORE_FIRST and after == _AFTER_FIRST:
-            return Batch([Run(first, 1, RAW)], message, _PAGE_HEAD_SIZE, last=False)
+            if not checksums:
+                return Batch([Run(first, 1, RAW)], message, _PAGE_HEAD_SIZE, last=False)
+            if message[_PAGE_MESSAGE:_CHECKSUM_AT] == _BEFORE_CHECKSUM:
+                return Batch([Run(first, 1, RAW)], message, _PAGE_HEAD_SIZE, last=False, checksums=_CHECKSUM_AT)
     try:
         fields = _fields(message)
     except IndexError:
@@ -184,11 +209,17 @@ def decode(message: bytes) -> Batch:
     counts = struct.unpack_from(f"<{count}I", message, count_at)
     runs = list(map(Run, firsts, counts, message[kinds_at:kinds_end]))
     data_at, data_end = fields.get(0x22, (0, 0))
-    _check(runs, data_end - data_at)
-    return Batch(runs, message, data_at, bool(fields.get(0x28, (0, 0))[0]))
+    raw = _check(runs, data_end - data_at)
+    checksums_at, checksums_end = fields.get(0x32, (0, 0))
+    told = checksums_end - checksums_at
+    if told != (CHECKSUM_SIZE * raw if checksums else 0):
+        asked = "must carry a checksum each" if checksums else "were to carry no checksums"
+        raise MalformedPagesError(f"{raw} raw pages that {asked} came with {told} bytes of them")
+    return Batch(runs, message, data_at, bool(fields.get(0x28, (0, 0))[0]), checksums_at if told else 0)
 
 
-def _check(runs: list[Run], size: int) -> None:
+def _check(runs: list[Run], size: int) -> int:
+    """Return how many pages of the runs are raw; raise MalformedPagesError unless `size` bytes are what these have."""
     raw = 0
     for run in runs:
         if run.kind not in _KINDS or not run.pages:
@@ -197,3 +228,4 @@ def _check(runs: list[Run], size: int) -> None:
             raw += run.pages
     if raw * PAGE_SIZE != size:
         raise MalformedPagesError(f"{raw} raw pages came with {size} bytes instead of {raw * PAGE_SIZE}")
+    return raw

@@ -31,6 +31,7 @@ class GrpcLanes:
     """Two streams of PageService."""
 
     def __init__(self, source: Source, demand: grpc.aio.Channel, push: grpc.aio.Channel) -> None:
+        self.checksums = source.checksums
         self._source = source
         self._channels: tuple[grpc.aio.Channel, ...] = (demand, push)
         self._calls = PageCalls(source, demand)

@@ -17,6 +17,9 @@ class Lanes(Protocol):
     of the four streams' ends is used by one task at a time. Messages are those of page.proto, not decoded.
     """
 
+    checksums: bool
+    """Whether their pages must carry checksums, as the migration's policy says: for `decode`."""
+
     async def fetch(self, runs: Sequence[tuple[int, int]]) -> None:
         """Ask for runs of (first, pages) on the demand lane."""
 

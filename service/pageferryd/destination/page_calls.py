@@ -24,7 +24,10 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 @dataclass(frozen=True)
 class Source:
-    """Where and whose the pages are: what PrepareRequest tells. `lane_address` is empty where there are no sockets."""
+    """Where and whose the pages are: what PrepareRequest tells. `lane_address` is empty where there are no sockets.
+
+    With `checksums` its pages must carry them.
+    """
 
     migration_id: str
     address: str
@@ -32,6 +35,7 @@ class Source:
     token: bytes
     layout: Layout
     lane_address: str = ""
+    checksums: bool = False
 
 
 class PageCalls:

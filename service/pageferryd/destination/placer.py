@@ -6,10 +6,12 @@ from collections import Counter, deque
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from pageferryd.core.checksums import CHECKSUM_SIZE
 from pageferryd.core.layout import PAGE_SIZE
 from pageferryd.core.pager import Lane
 from pageferryd.core.runs import OPAQUE, POISONED, PRIVATE, PRIVATE_ZERO, RAW, WITH_BYTES, ZERO, Run
 from pageferryd.destination.answering import Answering
+from pageferryd.destination.damage import Damage
 from pageferryd.destination.door import Settled
 from pageferryd.destination.exports import Exports
 from pageferryd.destination.imports import Delivery, ImportDesk
@@ -47,6 +49,8 @@ class _Piece(NamedTuple):
     data: bytes
     offset: int
     lane: Lane
+    checksums: int
+    """Where those of its pages begin in `data`; 0 where they have none."""
 
 
 class Placer(Answering):
@@ -74,8 +78,14 @@ class Placer(Answering):
         self._retrying = False
         self.pages: Counter[tuple[str, str]] = Counter()
         """Pages placed, by lane and kind."""
+        self.damage = Damage(pager)
         self.desk = ImportDesk(self._imported, self._refused)
         self.exports = Exports(pager.layout.page_count, self._take_bundle, self.desk.has_room)
+
+    @property
+    def checksum_mismatches(self) -> int:
+        """Pages that came damaged and were fetched again."""
+        return self.damage.mismatches
 
     @property
     def behind(self) -> bool:
@@ -85,7 +95,7 @@ class Placer(Answering):
     def place(self, batch: Batch, lane: Lane) -> None:
         """Place a small batch at once."""
         if len(batch.runs) == 1:
-            self._place(_Piece(batch.runs[0], batch.message, batch.offset, lane))
+            self._place(_Piece(batch.runs[0], batch.message, batch.offset, lane, batch.checksums))
             if self._backlog or self._unserved:
                 self.retry()
             return
@@ -94,13 +104,15 @@ class Placer(Answering):
 
     def slices(self, batch: Batch, lane: Lane) -> Iterator[None]:
         """Place a batch; yields between slices, so that faults can be served meanwhile."""
-        offset = batch.offset
+        offset, checksums = batch.offset, batch.checksums
         for run in batch.runs:
             for first in range(run.first, run.first + run.pages, SLICE_PAGES):
                 pages = min(SLICE_PAGES, run.first + run.pages - first)
-                self._place(_Piece(Run(first, pages, run.kind), batch.message, offset, lane))
-                if run.kind in WITH_BYTES:
+                raw = run.kind in WITH_BYTES
+                self._place(_Piece(Run(first, pages, run.kind), batch.message, offset, lane, checksums if raw else 0))
+                if raw:
                     offset += pages * PAGE_SIZE
+                    checksums += pages * CHECKSUM_SIZE if checksums else 0
                 if pages == SLICE_PAGES or self.desk.full:
                     yield
         if self._backlog or self._unserved:
@@ -127,18 +139,30 @@ class Placer(Answering):
         surplus = run.pages - sum(pages for _, pages in wanted)
         if surplus:
             self._pager.duplicate(surplus)
-        for first, pages in wanted:
+        for first, pages in self._intact(piece, wanted) if piece.checksums else wanted:
             offset = piece.offset
             if run.kind in WITH_BYTES:
                 offset += (first - run.first) * PAGE_SIZE
+            checksums = piece.checksums and piece.checksums + (first - run.first) * CHECKSUM_SIZE
             if run.kind in _PRIVATE:
                 self._hand_out(Run(first, pages, run.kind), piece.data, offset, piece.lane)
                 continue
             if self._uniform or self._pager.layout.granule(first)[1] == 1:
-                self._put(Run(first, pages, run.kind), piece.data, offset, piece.lane)
+                self._put(Run(first, pages, run.kind), piece.data, offset, piece.lane, checksums)
                 continue
-            for start in self._staging.add(Run(first, pages, run.kind), piece.data, offset):
+            for start in self._staging.add(Run(first, pages, run.kind), piece.data, offset, checksums):
                 self._put_granule(start, piece.lane)
+
+    def _intact(self, piece: _Piece, wanted: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """Yield what of the wanted pages is as it was at the source; granules are looked at when they are whole."""
+        run = piece.run
+        for first, pages in wanted:
+            if run.kind == RAW and not self._uniform and self._pager.layout.granule(first)[1] > 1:
+                yield first, pages
+                continue
+            at = first - run.first
+            offset, checksums = piece.offset + at * PAGE_SIZE, piece.checksums + at * CHECKSUM_SIZE
+            yield from self.damage.intact_in(first, pages, piece.data, offset, checksums)
 
     def _hand_out(self, run: Run, data: bytes, offset: int, lane: Lane) -> None:
         """Give private pages to the VMM, or have them exported for it; who touched their shared side gets zeroes."""
@@ -191,7 +215,7 @@ class Placer(Answering):
         self.exports.wake()
         self._pager.not_installed(page, 1)
 
-    def _put(self, run: Run, data: bytes, offset: int, lane: Lane) -> None:
+    def _put(self, run: Run, data: bytes, offset: int, lane: Lane, checksums: int = 0) -> None:
         """Install a run of missing pages, to its end or to what the kernel cannot take now."""
         first, left = run.first, run.pages
         while left:
@@ -203,7 +227,8 @@ class Placer(Answering):
             if how is Placed.DONE:
                 return
             if how is Placed.RETRY:
-                self._backlog.append(_Piece(Run(first, left, run.kind), data, offset, lane))
+                rest = checksums and checksums + (first - run.first) * CHECKSUM_SIZE
+                self._backlog.append(_Piece(Run(first, left, run.kind), data, offset, lane, rest))
                 return
             skipped = self._skip(Run(first, left, run.kind), how, lane)
             first, left = first + skipped, left - skipped
@@ -215,6 +240,12 @@ class Placer(Answering):
         if whole is None:
             return
         first, pages, kind = whole.run
+        if whole.checksums:
+            damaged = self.damage.damaged_in(first, pages, whole.data, 0, whole.checksums, 0)
+            for page in damaged:
+                self._staging.take_back(page)
+            if damaged:
+                return
         _, how = self._install(whole.run, whole.data, 0)
         if how is Placed.RETRY:
             self._unserved.append(partial(self._put_granule, start, lane))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from pageferryd.core.checksums import CHECKSUM_SIZE, checksums_of
 from pageferryd.core.layout import PAGE_SIZE
 from pageferryd.core.page_set import PageSet
 from pageferryd.core.runs import POISONED, RAW, ZERO, Run
@@ -13,22 +14,37 @@ if TYPE_CHECKING:
 
     from pageferryd.core.layout import Layout
 
+_ZERO_PAGE = bytes(PAGE_SIZE)
+_ZERO_CHECKSUM = checksums_of([_ZERO_PAGE])
+
 
 class Whole(NamedTuple):
-    """A granule that is complete: its run, and its bytes where it is raw."""
+    """A granule that is complete: its run, and its bytes where it is raw.
+
+    `checksums` are those of all its pages, 8 bytes each, where they came with any.
+    """
 
     run: Run
     data: bytes
+    checksums: bytes = b""
 
 
 class _Granule:
-    """Pages of one granule that have come: a buffer once one of them has bytes."""
+    """Pages of one granule that have come: a buffer once one of them has bytes, and checksums of all of that."""
 
-    __slots__ = ("data", "poisoned")
+    __slots__ = ("checksums", "data", "poisoned")
 
     def __init__(self) -> None:
         self.data: bytearray | None = None
+        self.checksums: bytearray | None = None
         self.poisoned = False
+
+    def blank(self, page: int) -> None:
+        """Make zeroes of a page, which is counted within the granule, once there are bytes."""
+        if self.data is not None:
+            self.data[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = _ZERO_PAGE
+        if self.checksums is not None:
+            self.checksums[page * CHECKSUM_SIZE : (page + 1) * CHECKSUM_SIZE] = _ZERO_CHECKSUM
 
 
 class Staging:
@@ -48,8 +64,11 @@ class Staging:
     def __len__(self) -> int:
         return len(self._granules)
 
-    def add(self, run: Run, data: bytes, offset: int) -> list[int]:
-        """Take pages of granules; return the first page of each granule that this completed."""
+    def add(self, run: Run, data: bytes, offset: int, checksums: int = 0) -> list[int]:
+        """Take pages of granules; return the first page of each granule that this completed.
+
+        `checksums` is where those of raw pages begin in `data`, and 0 where there are none.
+        """
         for start, size, first, pages in self._parts(run.first, run.pages):
             granule = self._granules.setdefault(start, _Granule())
             if run.kind == RAW:
@@ -58,8 +77,18 @@ class Staging:
                 into, length = (first - start) * PAGE_SIZE, pages * PAGE_SIZE
                 granule.data[into : into + length] = memoryview(data)[offset : offset + length]
                 offset += length
+                if checksums:
+                    if granule.checksums is None:
+                        granule.checksums = bytearray(_ZERO_CHECKSUM * size)
+                    into, length = (first - start) * CHECKSUM_SIZE, pages * CHECKSUM_SIZE
+                    granule.checksums[into : into + length] = data[checksums : checksums + length]
+                    checksums += length
             elif run.kind == POISONED:
                 granule.poisoned = True
+            elif granule.checksums is not None:
+                # A damaged copy of it may be here.
+                for page in range(first - start, first - start + pages):
+                    granule.blank(page)
             self._come.add(first, pages)
         return self._complete(run.first, run.pages)
 
@@ -71,24 +100,27 @@ class Staging:
         return self._complete(first, pages) if self._come.add(first, pages) else []
 
     def whole(self, start: int) -> Whole | None:
-        """Return a complete granule by its first page, or None where it was given away meanwhile or put in place.
+        """Return a granule by its first page if it is complete: it may have been given away meanwhile or put in place.
 
         One poisoned page poisons all of it.
         """
         granule = self._granules.get(start)
-        if granule is None:
-            return None
         _, size = self._layout.granule(start)
+        if granule is None or not self._come.holds_all(start, size):
+            return None
         if granule.poisoned:
             return Whole(Run(start, size, POISONED), b"")
         if granule.data is None:
             return Whole(Run(start, size, ZERO), b"")
         page, stop = start, start + size
         while (page := self._blank.next_present(page, stop)) < stop:
-            into = (page - start) * PAGE_SIZE
-            granule.data[into : into + PAGE_SIZE] = bytes(PAGE_SIZE)
+            granule.blank(page - start)
             page += 1
-        return Whole(Run(start, size, RAW), bytes(granule.data))
+        return Whole(Run(start, size, RAW), bytes(granule.data), bytes(granule.checksums or b""))
+
+    def take_back(self, page: int) -> None:
+        """A page of a granule was damaged: it has not come. Its bytes stay, and do not match, until it comes again."""
+        self._come.remove(page, 1)
 
     def finish(self, start: int) -> None:
         """A granule is in place: its bytes are needed no more."""

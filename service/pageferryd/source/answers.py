@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pageferry.errors import FerryError, Reason
+from pageferryd.core.checksums import checksums_of
 from pageferryd.core.layout import PAGE_SIZE
 from pageferryd.core.runs import MAX_RUNS, Run, encode_parts
 
@@ -20,14 +21,15 @@ _FULL_RUNS = MAX_RUNS // 4
 Parts = list[bytes | memoryview]
 
 
-def fetch(served: Served, request: Request) -> tuple[list[Run], Parts]:
-    """Return the whole answer of a demand request, as runs and the bytes of the raw ones. CoreError, FerryError."""
+def fetch(served: Served, request: Request) -> Parts:
+    """Return the whole answer of a demand request: a message, in parts. CoreError, FerryError."""
     runs: list[Run] = []
     data: Parts = []
     for first, pages in request.runs:
         _collect_whole(served, first, pages, runs, data)
+    checksums = checksums_of(data) if served.checksums else b""
     served.count("demand", runs)
-    return runs, data
+    return encode_parts(runs, data, checksums=checksums)
 
 
 def _collect_whole(served: Served, first: int, pages: int, runs: list[Run], data: Parts) -> None:
@@ -49,6 +51,7 @@ class PushAnswer:
         self._first, self._stop = 0, 0
         self._runs: list[Run] = []
         self._data: Parts = []
+        self._checksums = b""
         self._size = 0
         self._spent = False
         self.ended = False
@@ -75,6 +78,9 @@ class PushAnswer:
         first = self._first
         credit = min(self._credit, PUSH_MESSAGE_BYTES - self._size)
         collected = self._served.collect(first, self._stop - first, credit)
+        if self._served.checksums:
+            # Now, since the pages wait here for others.
+            self._checksums += checksums_of(collected.data)
         size = sum(map(len, collected.data))
         # Room for less than a page is no room, and a credit that pays for none is spent.
         self._spent = collected.next_page == first and self._credit < PAGE_SIZE
@@ -86,8 +92,8 @@ class PushAnswer:
 
     def _take(self, *, last: bool) -> Parts:
         self._served.count("push", self._runs)
-        message = encode_parts(self._runs, self._data, last=last)
-        self._runs, self._data, self._size = [], [], 0
+        message = encode_parts(self._runs, self._data, last=last, checksums=self._checksums)
+        self._runs, self._data, self._checksums, self._size = [], [], b"", 0
         return message
 
 

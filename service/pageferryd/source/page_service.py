@@ -12,7 +12,6 @@ from pageferry.tls import peer_names
 from pageferry.v1 import memory_pb2, page_pb2
 from pageferryd.core.errors import CoreError
 from pageferryd.core.requests import MAX_FETCH_PAGES, decode_fetch, decode_push
-from pageferryd.core.runs import encode
 from pageferryd.source.answers import PushAnswer, fetch, misbehaviour
 
 if TYPE_CHECKING:
@@ -113,10 +112,10 @@ class PageService:
         await context.send_initial_metadata(())
         while (message := await context.read()) is not grpc.aio.EOF:
             try:
-                runs, data = fetch(served, decode_fetch(message))
+                parts = fetch(served, decode_fetch(message))
             except CoreError as error:
                 raise misbehaviour(error) from error
-            await context.write(encode(runs, data))
+            await context.write(b"".join(parts))
 
     async def push_pages(self, _requests: Any, context: _Context) -> None:
         """The push lane: each request is answered in messages of bounded size, until its credit is spent."""

@@ -40,7 +40,10 @@ class Access(Enum):
 
 
 class Served:
-    """A guest's memory on offer to one destination. `completed` is called when that says it has every page."""
+    """A guest's memory on offer to one destination. `completed` is called when that says it has every page.
+
+    With `checksums` each page carries its own from here to where it is installed.
+    """
 
     def __init__(
         self,
@@ -50,10 +53,13 @@ class Served:
         memory: SourceMemory,
         layout: Layout,
         completed: Callable[[], None],
+        *,
+        checksums: bool = False,
     ) -> None:
         self.migration_id = migration_id
         self.destination_name = destination_name
         self.layout = layout
+        self.checksums = checksums
         self.access = Access.CLOSED
         self.private = PageSet(layout.page_count)
         """Pages that are private to the guest: they cross as such."""
@@ -140,8 +146,9 @@ class Served:
         if self.access is Access.CLOSED:
             raise FerryError(Reason.ILLEGAL_STATE, f"migration {self.migration_id}: the guest still runs at the source")
         if self.access is Access.OPEN:
-            self.close()
+            # Where that fails nothing is let go, and the destination says so once more.
             self._completed()
+            self.close()
 
     def close(self) -> None:
         """Let the memory go. Twice does nothing."""
