@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,7 @@ from pageferryd.control.registry import GuestRegistry
 from pageferryd.control.surroundings import Surroundings
 from pageferryd.control.templates import VmmStarter
 from pageferryd.control.turns import Turns
+from pageferryd.core.push_share import PushShare
 from pageferryd.http import HttpServer
 from pageferryd.keeper.running import become
 from pageferryd.linux.allocator import tune_malloc
@@ -63,7 +65,8 @@ class Sidecar:
         self._book = MigrationBook(settings.limits.max_migrations, self._pages.withdraw)
         journal = Journal(settings.runtime_dir / "journal")
         turns = Turns(settings.limits.max_outgoing)
-        self._around = Surroundings(settings, settings.tls_files(), self._guests, journal, turns, store)
+        share = PushShare(settings.limits.host_push_bytes_per_second, time.monotonic())
+        self._around = Surroundings(settings, settings.tls_files(), self._guests, journal, turns, share, store)
         self._grpc = GrpcServer(settings)
         self._lanes = LaneServer(settings, self._pages)
         self._http = HttpServer(make_registry(self._book), self._unready)

@@ -32,6 +32,19 @@ def test_a_window_within_its_bounds_is_taken(window: int) -> None:
     check_limits(migration_pb2.Limits(push_window_bytes=window))
 
 
+def test_a_weight_above_its_bounds_is_refused() -> None:
+    with pytest.raises(FerryError, match="1001") as refused:
+        check_limits(migration_pb2.Limits(push_weight=1001))
+    assert refused.value.reason is Reason.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(("given", "weight"), [(0, 100), (1, 1), (1000, 1000)])
+def test_a_weight_within_its_bounds_is_taken(given: int, weight: int) -> None:
+    limits = migration_pb2.Limits(push_weight=given)
+    check_limits(limits)
+    assert pacing_options(limits, SETTINGS).weight == weight
+
+
 def test_what_is_not_given_is_as_in_the_settings() -> None:
     pacing = pacing_options(migration_pb2.Limits(), SETTINGS)
     assert pacing.max_window == 128 << 10

@@ -104,6 +104,9 @@ class Approach:
         await arrival.look_what_is_there()
         for first, pages in self._around.journal.arrivals.discards(self._name):
             arrival.session.intake.restore(first, pages)
+        if arriving.whole:
+            # Every page was in place: what is missing now was given away since, and its source may be gone.
+            arrival.give_away_missing()
         arrival.wake_all()
         return arrival
 
@@ -200,8 +203,16 @@ class Approach:
             if landing is None:
                 raise FerryError(Reason.ILLEGAL_STATE, f"migration {self._name} has nowhere to land")
             options = session_options(self._request.limits, self._around.settings.limits)
-            note = partial(self._around.journal.arrivals.discarded, self._name)
-            self.arrival = await Arrival.of(landing, asked, options, self._paused, note)
+            journal = self._around.journal.arrivals
+            self.arrival = await Arrival.of(
+                landing,
+                asked,
+                options,
+                self._paused,
+                partial(journal.discarded, self._name),
+                partial(journal.whole, self._name),
+                self._around.share,
+            )
             if arrived is not None:
                 arrived(self.arrival)
             await asked

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from pageferryd.control.landing import Landing
+    from pageferryd.core.push_share import PushShare
     from pageferryd.destination.handed_over import HandedOver
     from pageferryd.destination.installer import Installer
     from pageferryd.destination.session import SessionOptions
@@ -61,8 +62,12 @@ class Arrival:
         options: SessionOptions,
         paused: Callable[[FerryError | None], None],
         note_discard: Callable[[int, int], None],
+        note_whole: Callable[[], None],
+        share: PushShare | None,
     ) -> Arrival:
-        """Receive the memory while `asked` has it handed over. `note_discard` is told of pages that are given away.
+        """Receive the memory while `asked` has it handed over.
+
+        `note_discard` is told of pages that are given away, `note_whole` that all are in place, before the source is.
 
         FerryError: HANDOFF_*, or what `asked` fails with; the landing is abandoned then.
         """
@@ -74,7 +79,18 @@ class Arrival:
         exit_door, doors = memory.doors()
         installer = memory.installer()
         lanes = landing.take_lanes()
-        session = Session(memory.layout, doors, installer, landing.opener, options, paused, lanes, note_discard)
+        session = Session(
+            memory.layout,
+            doors,
+            installer,
+            landing.opener,
+            options,
+            paused,
+            lanes,
+            note_discard,
+            note_whole,
+            share=share,
+        )
         arrival = cls(memory, session, installer, landing)
         landing.pager_faults.connect(exit_door, session, memory)
         try:
@@ -89,6 +105,12 @@ class Arrival:
         """Count pages as present that are in place: an earlier sidecar has filled them."""
         for first, pages in await self._memory.in_place(self.pid):
             self.session.pager.found(first, pages)
+
+    def give_away_missing(self) -> None:
+        """Count pages as given away that are not in place."""
+        pager = self.session.pager
+        for first, pages in list(pager.map.missing_runs(0, pager.layout.page_count)):
+            self.session.intake.restore(first, pages)
 
     def wake_all(self) -> None:
         """Have everybody that waits for a page touch it again."""

@@ -1,26 +1,27 @@
 """What a destination must know again after it was killed: the guests whose memory it was filling.
 
 NAME.ready is written before the guest stops at its source, and becomes NAME.owned when the guest is this host's: so
-that step needs no room, and is done or not. One that ends before is NAME.never, and one that was this host's and is no
-more without being whole NAME.lost: what the source is told when it asks later.
+that step needs no room, and is done or not. It becomes NAME.whole before its source is told that it has every page. One
+that ends before is NAME.never, and one that was this host's and is no more without being whole NAME.lost: what the
+source is told when it asks later.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
 from google.protobuf import json_format
 
-from pageferry.errors import FerryError
 from pageferry.v1 import incoming_pb2, memory_pb2
 from pageferryd.control.note_files import UnreadableNoteError
-from pageferryd.linux.proc import started_at
+from pageferryd.linux.proc import is_process
 
 if TYPE_CHECKING:
     from pageferryd.control.note_files import NoteFiles
@@ -30,7 +31,9 @@ _log = structlog.get_logger(__name__)
 MAX_REMEMBERED = 256
 """Most migrations of each kind that ended otherwise than whole, and are told of when a source asks."""
 
-_READY, _OWNED, _NEVER, _LOST, _DISCARDS = ".ready", ".owned", ".never", ".lost", ".discards"
+_READY, _OWNED, _WHOLE, _NEVER, _LOST = ".ready", ".owned", ".whole", ".never", ".lost"
+_DISCARDS = ".discards"
+_STEPS = (_READY, _OWNED, _WHOLE, _NEVER, _LOST, _DISCARDS)
 _DISCARD = struct.Struct("<QQ")
 _MAX_DISCARDS = 1 << 22
 
@@ -42,7 +45,7 @@ class Arriving:
     `address` is its VMM's, `pid` and `started` (see linux/proc.py) its process, `prepare` what the source announced,
     `layout` the memory as it is filled here, and `addresses` are where its regions lie in the VMM. `kept` are the
     descriptors with which that can be gone on with, by name, with device and inode: none where it cannot. `fault_token`
-    is the secret with which the VMM forwards faults.
+    is the secret with which the VMM forwards faults. `whole`: every page was in place, and the source may know.
     """
 
     address: str
@@ -53,14 +56,12 @@ class Arriving:
     addresses: Sequence[int]
     kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     fault_token: bytes = field(default=b"", repr=False)
+    whole: bool = False
 
     @property
     def alive(self) -> bool:
         """Whether the VMM's process still is."""
-        try:
-            return started_at(self.pid) == self.started
-        except FerryError:
-            return False
+        return is_process(self.pid, self.started)
 
 
 class ArrivalsJournal:
@@ -88,6 +89,11 @@ class ArrivalsJournal:
         """Note, durably, that the guest is this host's from now on."""
         self._notes.rename(migration_id + _READY, migration_id + _OWNED)
 
+    def whole(self, migration_id: str) -> None:
+        """Note that every page is in place, before the source is told so, and may forget."""
+        if self._notes.has(migration_id + _OWNED):
+            self._notes.rename(migration_id + _OWNED, migration_id + _WHOLE)
+
     def discarded(self, migration_id: str, first: int, pages: int) -> None:
         """Note that the guest gave pages away: what the source has of them is stale."""
         try:
@@ -97,14 +103,17 @@ class ArrivalsJournal:
                 path = self._notes.directory / (migration_id + _DISCARDS)
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
                 self._discards[migration_id] = fd
-            os.write(fd, _DISCARD.pack(first, pages))
+                _cut_torn(fd)
+            if os.write(fd, _DISCARD.pack(first, pages)) != _DISCARD.size:
+                _cut_torn(fd)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise self._notes.unwritable(migration_id + _DISCARDS, error) from error
 
     def completed(self, migration_id: str) -> None:
         """Forget a guest that needs the sidecar no longer, or of which its source knows everything."""
         self._close_discards(migration_id)
-        self._notes.remove(*(migration_id + suffix for suffix in (_READY, _OWNED, _NEVER, _LOST, _DISCARDS)))
+        self._notes.remove(*(migration_id + suffix for suffix in _STEPS))
 
     def never_ran(self, migration_id: str) -> None:
         """Note that the guest has not run here and never will, where it was to: its source may ask."""
@@ -113,6 +122,7 @@ class ArrivalsJournal:
     def lost(self, migration_id: str) -> None:
         """Note that the guest was this host's, and was given up before it was whole."""
         self._end(migration_id, _OWNED, _LOST)
+        self._end(migration_id, _WHOLE, _LOST)
 
     def _end(self, migration_id: str, old: str, new: str) -> None:
         self._close_discards(migration_id)
@@ -137,7 +147,9 @@ class ArrivalsJournal:
 
     def owned(self) -> Iterator[Arriving]:
         """Yield the guests that an earlier sidecar owned; notes that cannot be read stay, and are logged."""
-        return self._arriving(_OWNED)
+        yield from self._arriving(_OWNED)
+        for arriving in self._arriving(_WHOLE):
+            yield replace(arriving, whole=True)
 
     def readied(self) -> Iterator[Arriving]:
         """Yield the guests that an earlier sidecar was ready for, and that never ran here."""
@@ -156,7 +168,7 @@ class ArrivalsJournal:
 
     def unreadable(self, migration_id: str) -> bool:
         """Say whether there is a note of this guest that decides whose it is, and cannot be read."""
-        return any(self._cannot_read(migration_id + suffix) for suffix in (_OWNED, _READY, _NEVER, _LOST))
+        return any(self._cannot_read(migration_id + suffix) for suffix in (_OWNED, _WHOLE, _READY, _NEVER, _LOST))
 
     def _cannot_read(self, name: str) -> bool:
         if not self._notes.has(name):
@@ -191,6 +203,12 @@ class ArrivalsJournal:
             whole = len(content) - len(content) % _DISCARD.size
             return list(_DISCARD.iter_unpack(content[:whole]))
         return []
+
+
+def _cut_torn(fd: int) -> None:
+    """Cut off a record that was not written whole, so that those behind it are read as they are."""
+    size = os.fstat(fd).st_size
+    os.ftruncate(fd, size - size % _DISCARD.size)
 
 
 def _read(content: dict[str, Any]) -> Arriving:

@@ -38,10 +38,10 @@ class Commitment:
                 await destination.commit()
                 break
             except FerryError as error:
-                verdict = after_commit(_told(error), first_in_this_life=first)
+                verdict = after_commit(_told(error), first_in_this_life=first, arrived=self._completed.is_set())
                 if verdict is Verdict.TAKE_BACK:
                     raise
-                if verdict is Verdict.LOST:
+                if verdict in (Verdict.GONE, Verdict.LOST):
                     # It was the destination's: what became of it there, the reports tell.
                     break
                 first = False

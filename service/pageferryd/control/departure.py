@@ -13,17 +13,18 @@ from pageferry.v1 import incoming_pb2
 from pageferryd.control.departures_journal import Leaving, LeftMemory
 from pageferryd.control.exporting import exporter
 from pageferryd.control.fitting import refuse_immovable
+from pageferryd.control.keeping import Kept
 from pageferryd.control.peer import PROTOCOL_VERSION, Destination
 from pageferryd.control.view import layout_of, migration_of
 from pageferryd.core.lifecycle import State
-from pageferryd.linux.proc import started_at
+from pageferryd.linux.proc import is_process, started_at
 from pageferryd.source.memory import SourceMemory
 from pageferryd.source.page_service import layout_to_proto
 from pageferryd.source.served import TOKEN_BYTES, Served
 from pageferryd.vmm.driver import Memory, PrivatePages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from pageferryd.control.record import MigrationRecord
     from pageferryd.control.registry import Guest
@@ -61,6 +62,8 @@ class Departure:
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._leaving: Leaving | None = None
         self._memory: Memory | None = None
+        self._source: SourceMemory | None = None
+        self._kept = Kept(around.store, record.migration_id)
         self.destination: Destination | None = None
         self.served: Served | None = None
         self.paused_at: float | None = None
@@ -116,9 +119,11 @@ class Departure:
 
     def _offer(self, memory: Memory) -> Served:
         """Offer the memory to the destination; it is not read yet."""
+        return self._serve(memory, SourceMemory.open(memory.layout, memory.locations, memory.holder))
+
+    def _serve(self, memory: Memory, source: SourceMemory) -> Served:
         record, layout = self._record, memory.layout
-        source = SourceMemory.open(layout, memory.locations, memory.holder)
-        self._memory = memory
+        self._memory, self._source = memory, source
         self.served = Served(
             record.migration_id,
             self._token,
@@ -166,15 +171,25 @@ class Departure:
         if saved.memory is not None:
             self._offer(saved.memory)
             told_now = layout_to_proto(saved.memory.layout)
-        served, memory = self._offered()
+        served, memory, source = self._offered()
         self._open(served, private)
-        journal.leaves(replace(self._leaving, memory=_left(memory, private)))
+        await self._keep()
+        journal.leaves(replace(self._leaving, memory=_left(memory, private, source.files)))
         await self.peer().hand_over(saved.state, told_now, self._around.settings.limits.handover_timeout + 2.0)
 
-    def _offered(self) -> tuple[Served, Memory]:
-        if self.served is None or self._memory is None:
+    async def _keep(self) -> None:
+        """Store what of the memory outlives its VMM, if anybody stores."""
+        if self._source is not None and self._around.store.available:
+            await self._kept.keep(self._source.files)
+
+    async def drop_kept(self) -> None:
+        """No later sidecar needs the memory any more."""
+        await self._kept.drop()
+
+    def _offered(self) -> tuple[Served, Memory, SourceMemory]:
+        if self.served is None or self._memory is None or self._source is None:
             raise FerryError(Reason.VMM_FAILED, f"the VMM of guest {self._guest.guest_id} did not tell its memory")
-        return self.served, self._memory
+        return self.served, self._memory, self._source
 
     def _open(self, served: Served, private: PrivatePages) -> None:
         layout = served.layout
@@ -192,9 +207,10 @@ class Departure:
         memory = self._leaving.memory if self._leaving is not None else None
         if memory is None:
             raise FerryError(Reason.INTERNAL, f"migration {self._record.migration_id} noted no memory")
-        if started_at(memory.holder) != memory.started:
-            raise FerryError(Reason.VMM_GONE, f"the VMM (process {memory.holder}) ended while nobody looked")
-        served = self._offer(Memory(layout_of(memory.layout), memory.locations, memory.holder))
+        layout = layout_of(memory.layout)
+        holder = memory.holder if is_process(memory.holder, memory.started) else None
+        source = SourceMemory.open(layout, memory.locations, holder, self._kept.take(memory.files))
+        served = self._serve(Memory(layout, memory.locations, memory.holder), source)
         self._open(served, PrivatePages(memory.private, memory.opaque))
 
     async def close(self) -> None:
@@ -207,7 +223,7 @@ class Departure:
             await destination.close()
 
 
-def _left(memory: Memory, private: PrivatePages) -> LeftMemory:
+def _left(memory: Memory, private: PrivatePages, files: Mapping[str, int]) -> LeftMemory:
     return LeftMemory(
         layout_to_proto(memory.layout),
         memory.locations,
@@ -215,4 +231,5 @@ def _left(memory: Memory, private: PrivatePages) -> LeftMemory:
         started_at(memory.holder),
         private.ranges,
         private.opaque,
+        sorted(files),
     )

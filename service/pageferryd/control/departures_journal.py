@@ -48,6 +48,8 @@ class LeftMemory:
     private: Sequence[tuple[int, int]] = ()
     """Ranges of (guest address, bytes) that are private to the guest."""
     opaque: bool = False
+    files: Sequence[str] = ()
+    """Names under which what outlives the VMM may be stored."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def _memory_to_json(memory: LeftMemory) -> dict[str, Any]:
         "started": memory.started,
         "private": [list(run) for run in memory.private],
         "opaque": memory.opaque,
+        "files": list(memory.files),
     }
 
 
@@ -147,4 +150,5 @@ def _memory_from_json(content: dict[str, Any]) -> LeftMemory:
         int(content["started"]),
         [(int(address), int(size)) for address, size in content["private"]],
         bool(content["opaque"]),
+        [str(name) for name in content["files"]],
     )

@@ -15,7 +15,7 @@ from pageferryd.linux.proc import open_files
 from pageferryd.linux.userfaultfd import find_userfaultfd
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from pageferryd.linux.fd_store import FdStore
 
@@ -50,7 +50,7 @@ class Kept:
             except FerryError as error:
                 _log.warning("descriptor_not_stored", migration=self._migration_id, name=name, detail=error.message)
 
-    def take(self, names: Mapping[str, FileId]) -> dict[str, int]:
+    def take(self, names: Iterable[str]) -> dict[str, int]:
         """Return what an earlier sidecar stored under these names; the caller owns it."""
         found: dict[str, int] = {}
         for name in names:

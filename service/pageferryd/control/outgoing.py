@@ -115,7 +115,7 @@ class Outgoing:
         self._around.journal.departures.taken_back(self.record.migration_id)
         await self.guest.driver.resume()
         self.committed = False
-        self._decided(error)
+        await self._decided(error)
 
     async def give_up(self, error: FerryError) -> None:
         """An operator has decided that the guest is never needed here again. FerryError(VMM_*) as in `run_here`."""
@@ -123,16 +123,21 @@ class Outgoing:
         await self.guest.driver.kill()
         self._pages.withdraw(self.record.migration_id)
         await self._around.guests.forget(self.guest)
-        self._decided(error)
+        await self._decided(error)
 
-    def _decided(self, error: FerryError) -> None:
-        self._around.journal.departures.ended(self.record.migration_id)
+    async def _decided(self, error: FerryError) -> None:
+        await self._ended()
         self.guest.migration_id = None
         if self.record.state.final:
             self.record.trouble(error)
         else:
             self.record.fail(error)
         _log.warning("migration_resolved", migration=self.record.migration_id, detail=error.message)
+
+    async def _ended(self) -> None:
+        """Nothing of it need be known to a later sidecar."""
+        self._around.journal.departures.ended(self.record.migration_id)
+        await self._departure.drop_kept()
 
     async def _begun(self) -> None:
         # A task that is cancelled before its first step would undo nothing.
@@ -254,7 +259,7 @@ class Outgoing:
                 task.cancel()
             await asyncio.gather(following, completed, return_exceptions=True)
         await self._around.guests.forget(self.guest)
-        self._around.journal.departures.ended(self.record.migration_id)
+        await self._ended()
         self.record.error = None
         self.record.lifecycle.to(State.COMPLETED)
         _log.info("migration_completed", migration=self.record.migration_id, guest=self.record.guest_id)
@@ -293,7 +298,7 @@ class Outgoing:
             except FerryError as refusal:
                 _log.info("abort_unanswered", migration=record.migration_id, detail=refusal.message)
         if resumed:
-            self._around.journal.departures.ended(record.migration_id)
+            await self._ended()
         self.guest.migration_id = None
         if not record.state.final:
             record.trouble(error)

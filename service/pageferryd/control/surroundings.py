@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pageferryd.config import Settings
     from pageferryd.control.journal import Journal
     from pageferryd.control.registry import GuestRegistry
+    from pageferryd.core.push_share import PushShare
 
 
 @dataclass(frozen=True)
@@ -26,5 +27,7 @@ class Surroundings:
     journal: Journal
     turns: Turns = field(default_factory=Turns)
     """Whose turn it is to leave."""
+    share: PushShare | None = None
+    """What the guests that come push together."""
     store: FdStore = field(default_factory=partial(FdStore, "", 0))
     """Where descriptors outlive this process."""

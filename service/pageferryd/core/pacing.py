@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pageferryd.core.layout import PAGE_SIZE
+from pageferryd.core.push_share import DEFAULT_WEIGHT
+from pageferryd.core.rate import RateLimit
 
 MIN_WINDOW = 64 << 10
 GROWTH = 16 << 10
@@ -38,6 +40,8 @@ class PacingOptions:
     """Most bytes a second; 0 is unlimited."""
     disabled: bool = False
     """No push at all."""
+    weight: int = DEFAULT_WEIGHT
+    """Share of what all guests of the host may push, against those of the others."""
 
 
 class Pacer:
@@ -51,34 +55,39 @@ class Pacer:
         self._latency = 0.0
         self._held_since: float | None = None
         self._faulted_at = float("-inf")
-        self._budget = 0.0
-        self._budget_at = now
+        self._rate = RateLimit(options.bytes_per_second, now)
 
     def set_options(self, options: PacingOptions, now: float) -> None:
         """Put new bounds into force."""
         self.options = options
         self.window = max(self._least, min(self.window, options.max_window))
-        self._budget, self._budget_at = 0.0, now
+        self._rate = RateLimit(options.bytes_per_second, now)
 
     @property
     def _least(self) -> int:
         return min(MIN_WINDOW, self.options.max_window)
 
-    def fault_raised(self, now: float) -> None:
-        """A fault begins to wait: where faults are slow, shrink, and hold new requests back from now on."""
+    def fault_raised(self, now: float) -> bool:
+        """A fault begins to wait: where faults are slow, shrink, and hold new requests back from now on.
+
+        Says whether push gives way.
+        """
         if not self._slow:
-            return
+            return False
         self._shrink()
         # Only the first of a burst starts the hold: later ones must not make it longer.
         if now - self._faulted_at > 2 * self.options.max_hold:
             self._faulted_at = now
+        return True
 
-    def fault_ended(self, latency: float) -> None:
-        """A fault was answered after `latency` seconds."""
+    def fault_ended(self, latency: float) -> bool:
+        """A fault was answered after `latency` seconds; say whether push gives way."""
         objective = self.options.objective
         self._latency += (min(latency, _WORST * objective) - self._latency) / _REMEMBERED
-        if latency > objective:
-            self._shrink()
+        if latency <= objective:
+            return False
+        self._shrink()
+        return True
 
     @property
     def _slow(self) -> bool:
@@ -110,29 +119,23 @@ class Pacer:
 
     def granted(self, size: int) -> None:
         """A push request granted bytes: they count against the rate."""
-        if self.options.bytes_per_second:
-            self._budget -= size
+        self._rate.spend(size)
 
     def unspent(self, size: int) -> None:
         """A push request was answered with fewer bytes than granted: the rest counts no more."""
-        if self.options.bytes_per_second:
-            self._budget += size
+        self._rate.spend(-size)
+
+    @property
+    def gives_none(self) -> bool:
+        """Whether the last call of `credit` gave nothing for another reason than what is under way."""
+        return self.options.disabled or self._held_since is not None
 
     def _is_held(self, waiting: int, now: float) -> bool:
         if self.options.disabled:
             return False
         if waiting and now < self._faulted_at + self.options.max_hold:
             return True
-        return self._over_rate(now)
-
-    def _over_rate(self, now: float) -> bool:
-        rate = self.options.bytes_per_second
-        if not rate:
-            return False
-        # At most a tenth of a second's worth is saved up.
-        self._budget = min(self._budget + (now - self._budget_at) * rate, rate / 10)
-        self._budget_at = now
-        return self._budget < 0
+        return self._rate.is_over(now)
 
     def wake_at(self, waiting: int, now: float) -> float | None:
         """Return when a held push may go on, or None when time alone changes nothing."""
@@ -141,7 +144,7 @@ class Pacer:
         times = []
         if waiting and now < self._faulted_at + self.options.max_hold:
             times.append(self._faulted_at + self.options.max_hold)
-        if self._over_rate(now):
-            # A byte more than is owed: at the exact time rounding could leave a trace of debt, and no time to wait.
-            times.append(now + (1 - self._budget) / self.options.bytes_per_second)
+        open_at = self._rate.open_at(now)
+        if open_at is not None:
+            times.append(open_at)
         return max(times) if times else None

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pageferryd.core.layout import Layout
+    from pageferryd.core.push_share import ShareMember
 
 MAX_PAGES_A_FETCH = 64
 
@@ -81,14 +82,15 @@ class PagerCounts:
 
 
 class Pager:
-    """Decides which page is next for one guest."""
+    """Decides which page is next for one guest; `share` is its part of what the host's guests push together."""
 
-    def __init__(self, layout: Layout, options: PagerOptions, now: float) -> None:
+    def __init__(self, layout: Layout, options: PagerOptions, now: float, share: ShareMember | None = None) -> None:
         self.layout = layout
         self.options = options
         self.map = PageMap(layout.page_count)
         self.counts = PagerCounts()
         self.pacer = Pacer(options.pacing, now)
+        self.share = share
         self.around = FaultAround(max_window=min(options.fault_around, MAX_PAGES_A_FETCH))
         self._demand = DemandQueue(options.demand_window, options.demand_batch)
         self._order = PushOrder(layout, self.map.settled)
@@ -152,7 +154,8 @@ class Pager:
             self.around.touched_early(page)
         if not self._demand.add(page, now if raised is None else raised, now):
             return Answer.JOINED
-        self.pacer.fault_raised(now)
+        if self.pacer.fault_raised(now) and self.share is not None:
+            self.share.give_way()
         self._look_around(page)
         return Answer.FETCH
 
@@ -194,6 +197,10 @@ class Pager:
         if answered is not None:
             self._order.answered(*answered)
             self.pacer.unspent(answered.request.credit - answered.used)
+        if self.share is not None:
+            self.share.arrived(used, now)
+            if answered is not None:
+                self.share.unspent(answered.request.credit - answered.used)
         return runs
 
     def wanted(self, run: Run) -> list[tuple[int, int]]:
@@ -228,6 +235,9 @@ class Pager:
         """A run that had arrived could not be put in place: its pages are asked for again, the waiting ones first."""
         self._order.settled(first, pages)
         self._demand.again(first, pages)
+        if not self.layout.uniform:
+            # The rest of a granule waits for it.
+            self._granules.append((first, pages))
 
     def poisoned(self, run: Run, now: float) -> list[FaultTimes]:
         """A run of missing pages was poisoned; return the faults that this answered."""
@@ -238,7 +248,8 @@ class Pager:
         self._order.settled(first, pages)
         ended = self._demand.settled(first, pages, now)
         for times in ended:
-            self.pacer.fault_ended(times.total)
+            if self.pacer.fault_ended(times.total) and self.share is not None:
+                self.share.give_way()
         return ended
 
     def lane_lost(self, lane: Lane) -> None:
@@ -252,6 +263,7 @@ class Pager:
         else:
             self._push.lost()
             self._order.lost()
+            self._rest()
 
     def _ask_for_granule(self, page: int) -> bool:
         """Queue all of a page that is installed whole; return False for one that is not."""
@@ -301,20 +313,53 @@ class Pager:
         """Return the next push request, or None when all is under way, the window is full, or push is held back."""
         if len(self._push) >= self.options.push_requests:
             return None
-        credit = self.pacer.credit(self._push.under_way, self._demand.waiting, now)
+        credit = self._credit(now)
         if not credit:
             return None
         request = self._order.next(credit, now)
         if request is None:
+            self._rest()
             return None
         self.pacer.granted(request.credit)
+        if self.share is not None:
+            self.share.granted(request.credit)
         self._push.sent(request, now)
         return request
+
+    def _credit(self, now: float) -> int:
+        """Return the bytes that the next push request may grant, by this guest's limits and by the host's."""
+        under_way = self._push.under_way
+        credit = self.pacer.credit(under_way, self._demand.waiting, now)
+        if self.share is None:
+            return credit
+        if credit:
+            return self.share.ask(credit, under_way, self.pacer.options.max_window, now)
+        if self.pacer.gives_none:
+            self._rest()
+        return 0
+
+    def _rest(self) -> None:
+        """Nothing is to be asked for on the push lane now: no other guest is held back for this one."""
+        if self.share is not None:
+            self.share.rest()
+
+    def set_pacing(self, pacing: PacingOptions, now: float) -> None:
+        """Put new limits into force."""
+        self.pacer.set_options(pacing, now)
+        if self.share is not None:
+            self.share.set_weight(pacing.weight)
+
+    def push_wake_at(self, now: float) -> float | None:
+        """Return when push may go on although nothing happened, or None."""
+        held_until = self.pacer.wake_at(self._demand.waiting, now)
+        if held_until is not None or self.share is None:
+            return held_until
+        return self.share.wake_at(now)
 
     def next_timer(self, now: float) -> float | None:
         """Return when to ask again although nothing happened, or None."""
         times = [time for time in (self._silent_at(Lane.DEMAND), self._silent_at(Lane.PUSH)) if time is not None]
-        held_until = self.pacer.wake_at(self._demand.waiting, now)
+        held_until = self.push_wake_at(now)
         if held_until is not None:
             times.append(held_until)
         return min(times) if times else None

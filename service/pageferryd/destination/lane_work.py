@@ -40,6 +40,7 @@ class LaneWork:
         self._push_due = asyncio.Event()
         self._push_held = False
         self._prompt: PromptLanes | None = None
+        self._checksums = False
         self.push_started = False
         """Whether the guest runs, so that its memory may be pushed."""
         self.caught_up = asyncio.Event()
@@ -50,6 +51,7 @@ class LaneWork:
         """Return what has to run, all at once, for as long as the connection lives."""
         self._demand_due.set()
         self._push_due.set()
+        self._checksums = lanes.checksums
         if isinstance(lanes, PromptLanes):
             demand = [self._attend(lanes)]
         else:
@@ -59,6 +61,7 @@ class LaneWork:
             self._ask_for_push(lanes),
             self._take_push(lanes),
             self._watch(),
+            self._placer.damage.watch(self._missing_again),
             *self._placer.exports.workers(lanes, lambda: self.push_started),
         ]
 
@@ -77,6 +80,11 @@ class LaneWork:
         """Something happened that lets push go on; `only_if_held`: that only ends a hold."""
         if self._push_held or not only_if_held:
             self._push_due.set()
+
+    def _missing_again(self) -> None:
+        """Pages came damaged."""
+        self.demand_may_be_due()
+        self.push_may_be_due()
 
     async def _attend(self, lanes: PromptLanes) -> None:
         """Work a demand lane that needs no task for it."""
@@ -107,7 +115,7 @@ class LaneWork:
 
     def _take_answer(self, message: bytes) -> None:
         try:
-            batch = decode(message)
+            batch = decode(message, checksums=self._checksums)
             self._pager.demand_arrived(batch.runs, self._clock())
         except CoreError as error:
             raise _misbehaviour(error) from error
@@ -127,7 +135,7 @@ class LaneWork:
             if request is not None:
                 await lanes.push(request.runs, request.credit)
                 continue
-            held_until = self._pager.pacer.wake_at(self._pager.faults_waiting, now) if self.push_started else None
+            held_until = self._pager.push_wake_at(now) if self.push_started else None
             self._push_held = held_until is not None
             timer = (
                 asyncio.get_running_loop().call_later(held_until - now, self._push_due.set)
@@ -143,7 +151,7 @@ class LaneWork:
             await self.caught_up.wait()
             message = await lanes.pushed()
             try:
-                batch = decode(message)
+                batch = decode(message, checksums=self._checksums)
                 self._pager.push_arrived(batch.runs, self._clock(), last=batch.last)
             except CoreError as error:
                 raise _misbehaviour(error) from error

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pageferryd.core.demand import FaultTimes
     from pageferryd.core.layout import Layout
     from pageferryd.core.pacing import PacingOptions
+    from pageferryd.core.push_share import PushShare
     from pageferryd.destination.door import FaultDoor, Settled
     from pageferryd.destination.imports import ImportEnd
     from pageferryd.destination.installer import Installer
@@ -51,7 +52,8 @@ class Session:
 
     `paused` is called with the reason when the lanes are lost, and with None when they are open again. `lanes` are the
     first ones, opened before the guest depended on them. `note_discard` is told of pages that the guest gives away,
-    before they are acted on; what it raises ends the session.
+    before they are acted on, and `note_whole` that all are in place, before the source is; what they raise ends the
+    session. `share` is what the host's guests push together.
     """
 
     def __init__(
@@ -64,6 +66,9 @@ class Session:
         paused: Callable[[FerryError | None], None] = lambda _error: None,
         lanes: Lanes | None = None,
         note_discard: Callable[[int, int], None] = lambda _first, _pages: None,
+        note_whole: Callable[[], None] = lambda: None,
+        *,
+        share: PushShare | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         # Not the loop's: uvloop's has whole milliseconds.
@@ -72,13 +77,15 @@ class Session:
         self._installer = installer
         self._opener = opener
         self._options = options
+        self._note_whole = note_whole
         self._paused = paused
         self._lanes = lanes
         self._finished: asyncio.Future[None] = self._loop.create_future()
         self._reconnect_now = asyncio.Event()
         self._retry_due: asyncio.TimerHandle | None = None
         self._retry_after = _RETRY_FIRST
-        self.pager = Pager(layout, options.pager, self._clock())
+        member = None if share is None else share.join(options.pager.pacing.weight, self._may_push_again)
+        self.pager = Pager(layout, options.pager, self._clock(), member)
         self.arrivals = ArrivalMap(layout.page_count)
         self.latencies = FaultLatencies()
         self.reconnects = 0
@@ -128,7 +135,7 @@ class Session:
 
     def set_pacing(self, pacing: PacingOptions) -> None:
         """Put new limits into force."""
-        self.pager.pacer.set_options(pacing, self._clock())
+        self.pager.set_pacing(pacing, self._clock())
         self._work.push_may_be_due()
 
     async def run(self) -> None:
@@ -206,6 +213,7 @@ class Session:
                     worker.result()
             # Raises what a door or an install has failed with.
             self._finished.result()
+            self._note_whole()
             await lanes.complete(self.pager.layout.page_count)
         finally:
             for worker in workers:
@@ -213,6 +221,9 @@ class Session:
             await asyncio.gather(*workers, return_exceptions=True)
 
     # What happens between them
+
+    def _may_push_again(self) -> None:
+        self._work.push_may_be_due()
 
     def _tell_doors(self, first: int, pages: int, how: Settled) -> None:
         for door in self._listeners:
