@@ -9,6 +9,9 @@ from enum import Enum
 from .clock import Clock, Violation
 from .source import ZEROES, Content, Source
 
+LONGEST_REMOVAL = 0.001
+"""From when a discard's event is read until its pages are gone; no sidecar starts as fast."""
+
 
 class Placed(Enum):
     DONE = "done"
@@ -32,6 +35,8 @@ class Kernel:
         self._sleepers: dict[int, list[Callable[[], None]]] = {}
         self._removals: list[tuple[int, int, Callable[[], None]]] = []
         self._removed: set[int] = set()
+        self._unnoted: list[tuple[int, int]] = []
+        self._doubtful: set[int] = set()
 
     # The guest's side
 
@@ -80,8 +85,33 @@ class Kernel:
         events, self.events = self.events, []
         for what, first, pages in events:
             if what == "discard":
-                self._clock.after(self._rng.random() * 0.001, self._finish_removal, first, pages)
+                self._unnoted.append((first, pages))
+                self._clock.after(self._rng.random() * LONGEST_REMOVAL, self._finish_removal, first, pages)
         return events
+
+    def noted(self, first: int, pages: int) -> None:
+        """The sidecar has noted a discard that it read: from now on every later one knows of it."""
+        self._unnoted.remove((first, pages))
+        self._doubtful.difference_update(range(first, first + pages))
+
+    def reader_died(self) -> None:
+        """It ended with discards in hand that it had read and not noted: their pages are zero, or what the source had.
+
+        Nobody can know of these: a guest goes on as soon as its discard was read.
+        """
+        for first, pages in self._unnoted:
+            self._doubtful.update(range(first, first + pages))
+        self._unnoted.clear()
+
+    def present(self) -> list[tuple[int, int]]:
+        """Return the runs of pages that are in place."""
+        runs: list[tuple[int, int]] = []
+        for page in sorted(self.memory):
+            if runs and sum(runs[-1]) == page:
+                runs[-1] = runs[-1][0], runs[-1][1] + 1
+            else:
+                runs.append((page, 1))
+        return runs
 
     def _finish_removal(self, first: int, pages: int) -> None:
         for removal in self._removals:
@@ -104,7 +134,10 @@ class Kernel:
             if page in self.memory:
                 raise Violation(f"page {page} was installed twice")
             if content != self.expected[page]:
-                raise Violation(f"page {page} got {content} instead of {self.expected[page]}")
+                if page not in self._doubtful or content != self._own[page]:
+                    raise Violation(f"page {page} got {content} instead of {self.expected[page]}")
+                self.expected[page] = content
+            self._doubtful.discard(page)
             self.memory[page] = content
             done += 1
         self.wake(first, done)
@@ -141,6 +174,11 @@ class Kernel:
                 for resume in self._sleepers.pop(page, ()):
                     self._clock.after(0, resume)
 
+    def check_all_was_here(self) -> None:
+        for page in range(len(self.expected)):
+            if page not in self.memory and page not in self._removed and not self._is_being_removed(page):
+                raise Violation(f"the source let go of the memory, and page {page} is missing")
+
     def unregister(self) -> None:
         """The pages are let go: whatever is missing now would read as zeroes."""
         for first, pages, _ in list(self._removals):
@@ -153,6 +191,12 @@ class Kernel:
         self.registered = False
         for page in list(self._sleepers):
             self.wake(page, 1)
+
+    @property
+    def unheard(self) -> list[int]:
+        """Pages that threads wait for although the events of that were read."""
+        queued = {first for what, first, _ in self.events if what == "fault"}
+        return [page for page in self._sleepers if page not in queued]
 
     @property
     def asleep(self) -> int:

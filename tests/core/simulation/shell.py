@@ -11,7 +11,8 @@ from pageferryd.core.pager import Answer, Lane, Pager
 from pageferryd.core.runs import POISONED, RAW, ZERO, Run
 
 from .clock import Clock, Violation
-from .kernel import Kernel, Placed
+from .fate import Hands
+from .kernel import Placed
 from .source import POISON, ZEROES, Content, Message
 from .staging import Staging
 from .watch import Watch
@@ -25,13 +26,11 @@ class Piece(NamedTuple):
 
 
 class Shell:
-    def __init__(
-        self, rng: random.Random, clock: Clock, pager: Pager, kernel: Kernel, wire: Wire, watch: Watch
-    ) -> None:
+    def __init__(self, rng: random.Random, clock: Clock, pager: Pager, hands: Hands, wire: Wire, watch: Watch) -> None:
         self._rng = rng
         self.clock = clock
         self.pager = pager
-        self.kernel = kernel
+        self.kernel, self.journal = hands
         self.wire = wire
         self.watch = watch
         self.connected = False
@@ -45,13 +44,42 @@ class Shell:
         self.backlog: deque[Piece] = deque()
         self.zeroes: deque[int] = deque()
         self.staging = Staging(pager.layout)
-        kernel.readable = self._readable
         wire.deliver, wire.lost, wire.completed = self._deliver, self._lost, self._completed
-        clock.after(0, self._connect)
+
+    def begin(self) -> None:
+        """Serve."""
+        self.clock.after(0, self._connect)
+        self.readable()
+
+    # After an earlier sidecar's end
+
+    def recover(self) -> None:
+        """Go on where an earlier sidecar ended: what is there is there, and who waits touches again."""
+        self.look_what_is_there()
+        self.restore_discards()
+        self.wake_all()
+
+    def look_what_is_there(self) -> None:
+        for first, pages in self.kernel.present():
+            self.pager.found(first, pages)
+
+    def restore_discards(self) -> None:
+        now = self.clock.now
+        for first, pages in self.journal.open():
+            self.pager.discard(first, pages, now)
+        if self.journal.whole:
+            # Every page had been here once: those that are not were given away.
+            for first, pages in list(self.pager.map.missing_runs(0, self.pager.layout.page_count)):
+                self.pager.discard(first, pages, now)
+
+    def wake_all(self) -> None:
+        self.kernel.wake(0, self.pager.layout.page_count)
 
     # Connections
 
     def _connect(self) -> None:
+        if self.done:
+            return
         if self.wire.connect():
             self.clock.note("connected")
             self.connected = True
@@ -78,7 +106,7 @@ class Shell:
 
     # What comes in
 
-    def _readable(self) -> None:
+    def readable(self) -> None:
         if not self._reading:
             self._reading = True
             self.clock.after(self._rng.random() * 0.0005, self._read)
@@ -100,7 +128,7 @@ class Shell:
     def fault(self, page: int) -> None:
         now = self.clock.now
         answer = self.pager.fault(page, now, now - 0.0001)
-        self.clock.note(f"fault {page}: {answer.value}")
+        self.clock.note("fault", page, answer.value)
         self.watch.faulted(answer)
         if answer is Answer.ZERO:
             self.serve_zero(page)
@@ -108,7 +136,12 @@ class Shell:
             self.kernel.wake(page, 1)
 
     def discard(self, first: int, pages: int) -> None:
-        self.clock.note(f"discard {first} to {first + pages}")
+        self.clock.note("discard", first, "to", first + pages)
+        self.journal.note(first, pages)
+        self.drop(first, pages)
+
+    def drop(self, first: int, pages: int) -> None:
+        """What is under way of pages that were given away is of no use."""
         self.staging.drop(first, pages)
         ended = self.pager.discard(first, pages, self.clock.now)
         self.ended(ended)
@@ -117,7 +150,7 @@ class Shell:
 
     def _deliver(self, lane: Lane, message: Message) -> None:
         now = self.clock.now
-        self.clock.note(f"{lane.value} brings {[tuple(run) for run in message.runs]}{' last' if message.last else ''}")
+        self.clock.note(lane.value, "brings", message.runs, "last" if message.last else "")
         if lane is Lane.DEMAND:
             self.watch.answered(message)
             self.pager.demand_arrived(message.runs, now)
@@ -185,7 +218,7 @@ class Shell:
                 return
 
     def defer(self, piece: Piece) -> None:
-        self.clock.note(f"defer {tuple(piece.run)}")
+        self.clock.note("defer", piece.run)
         self.backlog.append(piece)
         self._retry_later()
 
@@ -213,19 +246,23 @@ class Shell:
             return
         now = self.clock.now
         while (runs := self.pager.next_fetch(now)) is not None:
-            self.clock.note(f"ask on demand {runs}")
+            self.clock.note("ask on demand", runs)
             self.watch.asked(runs)
             self.wire.fetch(runs)
         while (request := self.pager.next_push(now)) is not None:
-            self.clock.note(f"ask on push {request.runs} for {request.credit}")
+            self.clock.note("ask on push", request.runs, "for", request.credit)
             self.watch.asked_to_push(request)
             self.wire.push(request.runs, request.credit)
         if self.is_complete() and not self.completing:
             self.clock.note("complete")
             self.completing = True
+            self.note_whole()
             self.clock.after(1.0, self._check_completion, self.reconnects)
             self.wire.complete(self.pager.layout.page_count)
         self._set_timer(now)
+
+    def note_whole(self) -> None:
+        self.journal.note_whole()
 
     def is_complete(self) -> bool:
         return self.pager.complete and not self.backlog and not self.zeroes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -11,12 +12,13 @@ from pageferryd.core.pager import Answer, Lane, Pager
 from pageferryd.core.runs import Run
 
 from .clock import Violation
+from .journal import Journal
 from .kernel import Placed
 from .shell import Piece, Shell
 from .world import Result, World, run
 
-SEEDS = 4000
-BLOCK = 250
+SEEDS = 10_000
+BLOCK = 500
 LARGE_SEEDS = 60
 
 
@@ -32,7 +34,7 @@ def run_seeds(seeds: range, *, large: bool = False) -> list[Result]:
 
 
 def run_some(**broken: type[Shell | Pager]) -> None:
-    for seed in range(100):
+    for seed in range(1000):
         World(seed, **broken).run()
 
 
@@ -41,6 +43,8 @@ def test_every_migration_ends_with_each_page_right(first: int) -> None:
     results = run_seeds(range(first, first + BLOCK))
     # A block in which nothing ever went wrong would prove little.
     assert sum(result.reconnects for result in results) > BLOCK // 10
+    assert sum(result.killed for result in results) > BLOCK // 4
+    assert sum(result.sources_killed for result in results) > BLOCK // 4
     assert sum(result.discarded for result in results) > BLOCK
     assert sum(result.poisoned for result in results) > 0
     assert sum(result.duplicates for result in results) > BLOCK // 10
@@ -116,6 +120,62 @@ class TakesRefusalForSuccess(Shell):
         self.settle(piece.run, piece.lane)
 
 
+class NotesDiscardsLater(Shell):
+    """Gives its notes of what the guest gave away a little time."""
+
+    def discard(self, first: int, pages: int) -> None:
+        self.clock.after(0.001, self._note, first, pages)
+        self.drop(first, pages)
+
+    def _note(self, first: int, pages: int) -> None:
+        if not self.done:
+            self.journal.note(first, pages)
+
+
+class ForgetsItsDiscards(Shell):
+    """Starts again without what an earlier sidecar had noted as given away."""
+
+    def restore_discards(self) -> None:
+        pass
+
+
+class ForgetsThatAllWasHere(Shell):
+    """Starts again without knowing that the source may have let go."""
+
+    def note_whole(self) -> None:
+        pass
+
+
+class LooksAway(Shell):
+    """Starts again as if nothing had arrived."""
+
+    def look_what_is_there(self) -> None:
+        pass
+
+
+class WakesNobody(Shell):
+    """Starts again, and leaves those asleep whose faults an earlier sidecar had read."""
+
+    def wake_all(self) -> None:
+        pass
+
+
+class AppendsToTheTorn(Journal):
+    """Reads past a torn record, and writes on behind it."""
+
+    def open(self) -> list[tuple[int, int]]:
+        whole = len(self.content) // 16 * 16
+        return list(struct.iter_unpack("<QQ", self.content[:whole]))
+
+
+class TrustsTheTorn(Journal):
+    """Takes a torn record for one of what is left of it."""
+
+    def open(self) -> list[tuple[int, int]]:
+        self.content += bytes(-len(self.content) % 16)
+        return [(first, max(pages, 1)) for first, pages in struct.iter_unpack("<QQ", self.content)]
+
+
 class AsksTwice(Pager):
     """Does not look at what is under way."""
 
@@ -159,11 +219,22 @@ class MixesUpPages(Pager):
         ForgetsTheBacklog,
         ForgetsTheLostLane,
         TakesRefusalForSuccess,
+        NotesDiscardsLater,
+        ForgetsItsDiscards,
+        ForgetsThatAllWasHere,
+        LooksAway,
+        WakesNobody,
     ],
 )
 def test_a_broken_shell_is_found(shell: type[Shell]) -> None:
     with pytest.raises((Violation, CoreError)):
         run_some(shell=shell)
+
+
+@pytest.mark.parametrize("journal", [AppendsToTheTorn, TrustsTheTorn])
+def test_a_broken_journal_is_found(journal: type[Journal]) -> None:
+    with pytest.raises((Violation, CoreError)):
+        run_some(journal=journal)
 
 
 @pytest.mark.parametrize("pager", [AsksTwice, OverrunsTheWindow, LosesAFault, MixesUpPages])

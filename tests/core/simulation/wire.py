@@ -24,7 +24,10 @@ class Wire:
         self._up = False
         self._silent: set[Lane] = set()
         self._latest: dict[tuple[Lane, bool], float] = {}
-        self.reachable = True
+        self.obstacles = 0
+        """How many things keep the hosts apart; at most the network and a source that is down."""
+        self.source_dies: Callable[[], bool] = lambda: False
+        """Asked when the source has noted that every page arrived, and not said so yet."""
         self.deliver: Callable[[Lane, Message], None]
         self.lost: Callable[[], None]
         self.completed: Callable[[], None]
@@ -32,7 +35,7 @@ class Wire:
     def connect(self) -> bool:
         """Open both lanes; what an older connection had in flight is gone."""
         self.drop()
-        self._up = self.reachable
+        self._up = not self.obstacles
         return self._up
 
     def drop(self) -> None:
@@ -78,7 +81,8 @@ class Wire:
 
     def _at_source_complete(self, pages: int) -> None:
         self._source.complete(pages)
-        self._send(Lane.DEMAND, False, self._acknowledge)
+        if not self.source_dies():
+            self._send(Lane.DEMAND, False, self._acknowledge)
 
     def _at_destination(self, lane: Lane, message: Message) -> None:
         self.deliver(lane, message)

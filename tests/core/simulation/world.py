@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pageferryd.core.layout import PAGE_SIZE, Layout, Region
 from pageferryd.core.pacing import PacingOptions
@@ -12,8 +12,10 @@ from pageferryd.core.pager import Lane, Pager, PagerOptions
 
 from .clock import START, Clock, Violation
 from .guest import Guest
+from .journal import Journal
 from .kernel import Kernel
 from .shell import Shell
+from .sidecars import Hands, Sidecars
 from .source import Source
 from .watch import Watch
 from .wire import Wire
@@ -29,6 +31,8 @@ class Result:
     seconds: float
     pages: int
     reconnects: int
+    killed: int
+    sources_killed: int
     faults: int
     discarded: int
     poisoned: int
@@ -46,6 +50,7 @@ class World:
         large: bool = False,
         shell: type[Shell] = Shell,
         pager: type[Pager] = Pager,
+        journal: type[Journal] = Journal,
         trace: Callable[[str], None] | None = None,
     ) -> None:
         self.rng = rng = random.Random(seed)
@@ -57,15 +62,32 @@ class World:
         slow = rng.choice((0.0002, 0.001, 0.02))
         self.wire = Wire(rng, self.clock, self.source, {Lane.DEMAND: slow, Lane.PUSH: slow * rng.choice((1, 1, 10))})
         self.pacing = self._pacing()
-        self.pager = pager(self.layout, self._options(), self.clock.now)
-        self.watch = Watch(self.pager)
-        self.shell = shell(rng, self.clock, self.pager, self.kernel, self.wire, self.watch)
+        self.options = self._options()
+        self._kinds = pager, shell
+        self.pagers: list[Pager] = []
+        self.sources_killed = 0
+        self.kills = kills = rng.choice((0, 0, 0, 1, 1, 2, 5))
+        self.sidecars = Sidecars(rng, self.clock, self.kernel, self.wire, journal(), self._sidecar, kills)
         steps = rng.choice((5, 30, 80)) * (10 if large else 1)
         self.guest = Guest(
             rng, self.clock, self.kernel, self.layout, rng.choice((1, 2, 4)), steps, rng.choice((0, 0.05, 0.2))
         )
         self._plan_trouble()
         self._plan_limits()
+
+    def _sidecar(self, hands: Hands) -> Shell:
+        """Make one life of the destination's sidecar."""
+        make_pager, make_shell = self._kinds
+        pager = make_pager(self.layout, self.options, self.clock.now)
+        self.pagers.append(pager)
+        self.watch = Watch(pager)
+        shell = make_shell(self.rng, self.clock, pager, hands, self.wire, self.watch)
+        self.kernel.readable = shell.readable
+        return shell
+
+    @property
+    def pager(self) -> Pager:
+        return self.pagers[-1]
 
     def _layout(self, large: bool) -> Layout:
         rng = self.rng
@@ -111,11 +133,31 @@ class World:
             start = rng.random() * 0.1
             self.clock.after(start, self._reach, False)
             self.clock.after(start + 1.0, self._reach, True)
+        for _ in range(rng.choice((0, 0, 0, 0, 1, 3))):
+            self.clock.after(rng.random() * 0.1, self._kill_source)
+        self.wire.source_dies = self._dies_at_complete
 
     def _reach(self, reachable: bool) -> None:
-        self.wire.reachable = reachable
+        self.wire.obstacles += -1 if reachable else 1
         if not reachable:
             self.wire.cut()
+
+    def _kill_source(self) -> None:
+        """It serves again later, with its memory and its notes: all else is gone."""
+        self.clock.note("the source's sidecar is killed")
+        self.sources_killed += 1
+        self._reach(False)
+        self.clock.after(self.rng.random(), self._reach, True)
+        if self.rng.random() < 0.2:
+            self.sidecars.kill()
+
+    def _dies_at_complete(self) -> bool:
+        """The source has let go of the memory: nothing may be missing, and it may be killed before it says so."""
+        self.kernel.check_all_was_here()
+        dies = self.rng.random() < 0.1
+        if dies:
+            self._kill_source()
+        return dies
 
     def _plan_limits(self) -> None:
         """Push that is off is put on; and in some seeds the window changes on the way."""
@@ -132,25 +174,34 @@ class World:
             max_credit=self.pacing.max_credit,
             bytes_per_second=self.pacing.bytes_per_second,
         )
+        self.options = replace(self.options, pacing=pacing)
         self.pager.pacer.set_options(pacing, self.clock.now)
-        self.shell.pump()
+        if self.sidecars.up:
+            self.sidecars.shell.pump()
 
     def run(self) -> Result:
         events = 2000 + 300 * self.layout.page_count + 200 * sum(thread.left for thread in self.guest.threads)
-        self.clock.run(lambda: self.shell.done and self.guest.done, LONGEST, events)
+        events *= 1 + self.kills
+        self.clock.run(lambda: self.sidecars.done and self.guest.done, LONGEST, events)
         self._check_end()
-        counts, page_map = self.pager.counts, self.pager.map
+        page_map = self.pager.map
+
+        def total(name: str) -> int:
+            return sum(getattr(pager.counts, name) for pager in self.pagers)
+
         return Result(
             seconds=self.clock.now - START,
             pages=self.layout.page_count,
-            reconnects=self.shell.reconnects,
-            faults=counts.faults,
+            reconnects=self.sidecars.reconnects + self.sidecars.shell.reconnects,
+            killed=self.sidecars.killed,
+            sources_killed=self.sources_killed,
+            faults=total("faults"),
             discarded=page_map.discarded.count,
             poisoned=page_map.poisoned.count,
-            duplicates=counts.duplicate_pages,
-            demand_pages=counts.demand_pages,
-            push_pages=counts.push_pages,
-            prefetch_used=self.pager.around.counts.used,
+            duplicates=total("duplicate_pages"),
+            demand_pages=total("demand_pages"),
+            push_pages=total("push_pages"),
+            prefetch_used=sum(pager.around.counts.used for pager in self.pagers),
         )
 
     def _check_end(self) -> None:
