@@ -5,10 +5,12 @@ On the wire an error is a gRPC status with one `google.rpc.ErrorInfo` (domain `p
 
 from __future__ import annotations
 
+import contextlib
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -137,7 +139,11 @@ def to_status(error: FerryError) -> status_pb2.Status:
 
 def from_rpc(error: grpc.aio.AioRpcError, fallback: Reason) -> FerryError:
     """Return the FerryError that a call's error carries, or one with `fallback` where it carries none of ours."""
-    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    try:
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    except (DecodeError, ValueError):
+        # What is no status, or says something else than the call's own: of that, the call's own is believed.
+        status = None
     if status is None:
         status = status_pb2.Status()
     status.message = error.details() or ""
@@ -148,6 +154,7 @@ def from_status(status: status_pb2.Status, fallback: Reason, code: str = "no cod
     """Return the FerryError that a status carries, or one with `fallback` where it carries none of ours."""
     for detail in status.details:
         info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.__members__:
-            return FerryError(Reason(info.reason), status.message or info.reason)
+        with contextlib.suppress(DecodeError):
+            if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.__members__:
+                return FerryError(Reason(info.reason), status.message or info.reason)
     return FerryError(fallback, f"{status.message or 'no details'} ({code})")

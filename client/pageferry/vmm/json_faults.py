@@ -180,6 +180,8 @@ class JsonFaults:
     def _take(self, data: bytes) -> None:
         text, at = self._text + data.decode("ascii"), 0
         while at < len(text):
+            if text[at] != "{":
+                raise ValueError("what came is no JSON object")
             try:
                 reply, at = self._decoder.raw_decode(text, at)
             except json.JSONDecodeError:
@@ -187,11 +189,13 @@ class JsonFaults:
                     raise
                 # The rest of it has yet to come.
                 break
+            # Before anybody is taken out of those who wait: who is must be told something.
+            token, outcome = reply["token"], _outcome_of(reply)
             with self._lock:
-                waiting = self._waiting.pop(reply["token"], None)
+                waiting = self._waiting.pop(token, None)
                 # Without one, it was given the page itself before.
                 if waiting is not None:
-                    self._release(waiting, Resolution(waiting.address, PAGE_SIZE, _outcome_of(reply)))
+                    self._release(waiting, Resolution(waiting.address, PAGE_SIZE, outcome))
         self._text = text[at:]
         with self._lock:
             self._call_first()

@@ -31,6 +31,10 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
         path = DEFAULT_PATH
     from_file = _read_file(path) if path is not None else {}
     from_environment = _read_environment()
+    # Names with an underscore first are what BaseSettings itself is told by its caller.
+    odd = [f"{key} ({path}): no such setting: correct its name or remove it" for key in from_file if key.startswith("_")]
+    if odd:
+        raise _invalid(odd)
     merged = _merge(_merge(from_file, from_environment), dict(overrides or {}))
     try:
         return Settings(**merged)
@@ -57,7 +61,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise _invalid([f"{path}: cannot be read: {error.strerror}; give the path of a readable file"]) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise _invalid([f"{path}: is not TOML: {error}; correct it there"]) from error
 
 

@@ -70,6 +70,10 @@ class _Lane(asyncio.BufferedProtocol):
         """It is connected."""
         # uvloop's is no subclass of it.
         self._transport = cast("asyncio.Transport", transport)
+        if self._failure is not None:
+            # Given up while it was on its way.
+            self._transport.abort()
+            return
         connection = transport.get_extra_info("socket")
         if connection is not None and connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -213,6 +217,7 @@ class SocketLanes:
     """Two connections, and a channel for what is not about pages."""
 
     def __init__(self, source: Source, tls: TlsFiles | None, channel: grpc.aio.Channel) -> None:
+        self.checksums = source.checksums
         self._source = source
         self._tls = tls
         self._channel = channel

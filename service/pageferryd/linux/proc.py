@@ -26,7 +26,8 @@ def looking_at(pid: int, name: str) -> Iterator[None]:
 def mapping_lines(pid: int) -> list[str]:
     """Return the lines of proc_pid_maps(5). FerryError as in `looking_at`."""
     with looking_at(pid, "maps"):
-        return Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines()
+        # The kernel masks no end of a line but this one in the names of files, which the process chooses.
+        return Path(f"/proc/{pid}/maps").read_bytes().decode(errors="surrogateescape").split("\n")[:-1]
 
 
 def open_files(pid: int) -> dict[int, str]:
@@ -49,3 +50,11 @@ def started_at(pid: int) -> int:
         content = Path(f"/proc/{pid}/stat").read_bytes()
     # The name in parentheses may hold anything.
     return int(content[content.rindex(b")") + 2 :].split()[22 - 3])
+
+
+def is_process(pid: int, started: int) -> bool:
+    """Say whether the process of that id that was started then is there still, if only as a zombie."""
+    try:
+        return started_at(pid) == started
+    except FerryError:
+        return False

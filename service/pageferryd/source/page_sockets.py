@@ -19,7 +19,6 @@ from pageferry.v1 import page_pb2
 from pageferryd.core.errors import CoreError
 from pageferryd.core.frames import HEAD, RequestFrames, framed, refusal
 from pageferryd.core.requests import decode_fetch, decode_push
-from pageferryd.core.runs import encode_parts
 from pageferryd.source.answers import PushAnswer, fetch, misbehaviour
 
 if TYPE_CHECKING:
@@ -65,6 +64,12 @@ class PageLane(asyncio.Protocol):
         connection = transport.get_extra_info("socket")
         if connection is not None and connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A destination that vanished without a word owes nothing: only the kernel can find that out.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 25_000)
 
     def data_received(self, data: bytes) -> None:
         """Requests, or the hello before them."""
@@ -119,8 +124,7 @@ class PageLane(asyncio.Protocol):
         self._transport.write(framed(b""))
 
     def _answer_fetch(self, served: Served, frame: bytes) -> None:
-        runs, data = fetch(served, decode_fetch(frame))
-        self._send(encode_parts(runs, data))
+        self._send(fetch(served, decode_fetch(frame)))
 
     def _ask_push(self, frame: bytes) -> None:
         if len(self._requests) >= MAX_REQUESTS:

@@ -28,13 +28,13 @@ def describe(info: dict[str, Any] | None, pid: int, vmm: str) -> Description:
         zones = memory.get("zones") or [memory]
         size = sum(int(zone["size"]) + int(zone.get("hotplugged_size") or 0) for zone in zones)
         obstacles = list(_obstacles(state, memory, zones))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise FerryError(
             Reason.VMM_FAILED,
             f"{vmm} describes its VM in a way that is not understood: {type(error).__name__}: {error}",
         ) from error
     if not 0 <= size < 1 << 63:
-        raise FerryError(Reason.VMM_FAILED, f"{vmm} says that its VM has {size} bytes of memory")
+        raise FerryError(Reason.VMM_FAILED, f"{vmm} says that its VM has more memory than can be, or less")
     activity = Activity.RUNNING if state == RUNNING else Activity.PAUSED
     return Description(activity, pid, None, memory_bytes=size, obstacles=obstacles)
 

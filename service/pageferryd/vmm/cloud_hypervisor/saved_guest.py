@@ -88,7 +88,8 @@ def read_slots(config: bytes) -> list[Slot]:
     FerryError: VMM_FAILED where it is no config, LAYOUT_INVALID where its memory cannot be, GUEST_NOT_MOVABLE.
     """
     try:
-        read = json.loads(config)
+        # Given the bytes, it would take other encodings too, which no VMM reads.
+        read = json.loads(config.decode())
         mappings = read["memory_manager_data"]["guest_ram_mappings"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise FerryError(

@@ -133,18 +133,23 @@ def _memory(place: _Place, pid: int, page_size: int) -> Memory:
 
 def _apart(ranges: Ranges, mapped: Sequence[_Mapped]) -> Iterator[_Place]:
     """Yield the ways in which each range has a mapping of its own."""
-    fitting = [[one for one in mapped if one.size == size] for _, size in ranges]
-    for chosen in itertools.product(*fitting):
-        if len(set(chosen)) == len(chosen) and _belong_together(chosen):
-            yield _Place(ranges, tuple(one.start for one in chosen))
+    sizes = [size for _, size in ranges]
+    for fitting in _belonging_together(sizes, mapped):
+        for chosen in itertools.product(*fitting):
+            if len(set(chosen)) == len(chosen):
+                yield _Place(ranges, tuple(one.start for one in chosen))
 
 
-def _belong_together(chosen: Sequence[_Mapped]) -> bool:
-    """Regions are anonymous, or pieces of one file: the memfd or snapshot, end to end."""
-    if not chosen[0].file:
-        return not any(one.file for one in chosen)
-    offsets = accumulate((one.size for one in chosen), initial=0)
-    return all(one.file == chosen[0].file and one.offset == at for one, at in zip(chosen, offsets, strict=False))
+def _belonging_together(sizes: Sequence[int], mapped: Sequence[_Mapped]) -> Iterator[list[list[_Mapped]]]:
+    """Yield which mappings each region may be: anonymous ones, or pieces of one file, memfd or snapshot, end to end."""
+    pieces: dict[tuple[str, int, int], list[_Mapped]] = {}
+    for one in mapped:
+        pieces.setdefault((one.file, one.offset if one.file else 0, one.size), []).append(one)
+    yield [pieces.get(("", 0, size), []) for size in sizes]
+    starts = list(accumulate(sizes[:-1], initial=0))
+    for file, offset, size in pieces:
+        if file and (offset, size) == (0, sizes[0]):
+            yield [pieces.get((file, start, length), []) for start, length in zip(starts, sizes, strict=True)]
 
 
 def _joined(ranges: Ranges, mapped: Sequence[_Mapped]) -> Iterator[_Place]:

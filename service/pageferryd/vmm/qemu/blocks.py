@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from pageferryd.vmm.qemu.monitor import Monitor
 
 _MAX_BLOCKS = 4096
+# The expressions below look at a row again from each of its blanks: QEMU's rows have some hundred characters.
+_MAX_ROW = 2000
 _MAX_RANGES = 4096
+_LOOK_SECONDS = 20.0
+"""How long all questions about the guest's memory may take together: there are two a range."""
 _SPACE = 1 << 64
 _SMALLEST_PAGE = 4096
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -100,9 +104,16 @@ async def find_blocks(monitor: Monitor, pid: int) -> FoundBlocks:
     """
     blocks = await list_blocks(monitor)
     told = {block.name: block.host_address for block in blocks if block.host_address is not None}
-    seen = told or await _seen_by_guest(monitor, blocks)
-    mappings = await asyncio.to_thread(mapped, pid)
-    return _locate(blocks, seen, mappings)
+    try:
+        async with asyncio.timeout(_LOOK_SECONDS):
+            seen = told or await _seen_by_guest(monitor, blocks)
+    except TimeoutError as error:
+        raise FerryError(
+            Reason.VMM_UNREACHABLE,
+            f"QEMU at {monitor.path} has not told where its guest's memory is within {_LOOK_SECONDS:g} s",
+        ) from error
+    # Beside the loop: a QEMU may have very many mappings, and other guests' faults are served meanwhile.
+    return await asyncio.to_thread(lambda: _locate(blocks, seen, mapped(pid)))
 
 
 def _locate(blocks: Sequence[ListedBlock], seen: dict[str, int], mappings: list[Mapped]) -> FoundBlocks:
@@ -186,7 +197,7 @@ def _ranges(text: str) -> list[tuple[int, int, int]]:
 
 
 def _block(row: str, columns: Sequence[str]) -> ListedBlock:
-    parts = _ROW.fullmatch(row)
+    parts = _ROW.fullmatch(row) if len(row) <= _MAX_ROW else None
     if parts and parts[3] in _UNITS:
         values = dict(zip(columns, parts[4].split(), strict=False))
         try:

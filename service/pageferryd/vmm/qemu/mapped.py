@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TextIO
 
 from pageferryd.linux.proc import looking_at
 
@@ -42,13 +43,18 @@ def mapped(pid: int) -> list[Mapped]:
     """
     found: list[Mapped] = []
     head: tuple[int, int, str, int] | None = None
-    with looking_at(pid, "smaps"), Path(f"/proc/{pid}/smaps").open(errors="surrogateescape") as lines:
+    with looking_at(pid, "smaps"), _lines_of(pid) as lines:
         for line in lines:
             if line[0] in "0123456789abcdef":
                 head = _head(line)
             elif line.startswith("VmFlags:") and head is not None:
                 found.append(Mapped(*head, frozenset(line.split()[1:])))
     return found
+
+
+def _lines_of(pid: int) -> TextIO:
+    # The kernel masks no end of a line but this one in the names of files, which the VMM chooses.
+    return Path(f"/proc/{pid}/smaps").open(errors="surrogateescape", newline="\n")
 
 
 def whole(mappings: list[Mapped], start: int, size: int) -> Mapped | None:

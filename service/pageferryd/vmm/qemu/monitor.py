@@ -242,6 +242,13 @@ async def _greet(connection: socket.socket, path: str) -> QMPClient:
             undo.callback(connection.close)
             await client.connect(connection)
             undo.pop_all()
+    except AssertionError as error:
+        # The library's own: the connection has ended between its last word and its first look.
+        with contextlib.suppress(Exception):
+            await client.disconnect()
+        raise FerryError(
+            Reason.VMM_UNREACHABLE, f"the monitor at {path} hung up behind its greeting; is QEMU ending?"
+        ) from error
     except ConnectError as error:
         if isinstance(error.exc, (EOFError, OSError)):
             raise FerryError(

@@ -20,8 +20,8 @@ _TARGETS = ("x86_64", "i386")
 _HUGEST = 1 << 30
 # MigrationStatus in qapi/migration.json there: all but these are a migration on its way.
 _AT_REST = frozenset({"none", "completed", "failed", "cancelled"})
-_DEVICE = re.compile(r"^\s*dev: ((?:vhost-user-|vhost-vdpa-|vfio-user-)[^,\s]+), id \"(.*)\"", re.MULTILINE)
-_NETWORK = re.compile(r"^\s*(?:\\ )?(\S+): .*\btype=(vhost-user|vhost-vdpa)\b", re.MULTILINE)
+_DEVICE = re.compile(r"^[ \t]*dev: ((?:vhost-user-|vhost-vdpa-|vfio-user-)[^,\s]+), id \"(.*)\"", re.MULTILINE)
+_NETWORK = re.compile(r"^[ \t]*(?:\\ )?(\S+): .*\btype=(vhost-user|vhost-vdpa)\b", re.MULTILINE)
 _HARDWARE = re.compile(r"/dev/vfio/.*|/dev/iommu|/dev/vhost-vdpa.*|anon_inode:\[vfio-device\]")
 
 
@@ -62,16 +62,16 @@ def unfillable(blocks: Sequence[RamBlock]) -> list[str]:
 
 async def _migration(monitor: Monitor) -> dict[str, object]:
     answer = await monitor.execute("query-migrate")
-    if not isinstance(answer, dict):
+    if not isinstance(answer, dict) or not isinstance(answer.get("status", ""), str):
         raise FerryError(Reason.VMM_FAILED, f"QEMU at {monitor.path} does not tell of its migrations")
     return answer
 
 
 async def _blocked(monitor: Monitor) -> list[str]:
     reasons = (await _migration(monitor)).get("blocked-reasons", [])
-    if not isinstance(reasons, list):
+    if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
         raise FerryError(Reason.VMM_FAILED, f"QEMU at {monitor.path} does not tell what blocks a migration")
-    return [str(reason) for reason in reasons]
+    return reasons
 
 
 async def _target(monitor: Monitor) -> list[str]:
@@ -79,6 +79,8 @@ async def _target(monitor: Monitor) -> list[str]:
     arch = answer.get("arch") if isinstance(answer, dict) else None
     if arch in _TARGETS:
         return []
+    if not isinstance(arch, str):
+        raise FerryError(Reason.VMM_FAILED, f"QEMU at {monitor.path} does not tell its guest's architecture")
     return [f"the guest is of the architecture {arch}: only {' and '.join(_TARGETS)} are moved"]
 
 

@@ -222,8 +222,10 @@ def _check(state: bytes, machine: str) -> None:
         raise FerryError(Reason.VMM_FAILED, f"{len(state)} bytes came that are no device state of a QEMU")
     if state[-_TAIL_BYTES:] != _tail(body):
         raise FerryError(Reason.VMM_FAILED, "the device state was damaged on its way: its digest differs")
-    kind, length = _SECTION.unpack_from(body, len(_HEAD))
     start = len(_HEAD) + _SECTION.size
+    if len(body) < start:
+        raise FerryError(Reason.VMM_FAILED, "a device state of a QEMU came that does not name its machine")
+    kind, length = _SECTION.unpack_from(body, len(_HEAD))
     name = body[start : start + length].decode(errors="replace")
     if kind != _CONFIGURATION or name != machine:
         raise FerryError(
@@ -237,7 +239,7 @@ async def _version(monitor: Monitor) -> tuple[int, int]:
     answer = await monitor.execute("query-version")
     try:
         return int(answer["qemu"]["major"]), int(answer["qemu"]["minor"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FerryError(Reason.VMM_FAILED, f"QEMU at {monitor.path} does not tell its version") from error
 
 
