@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,26 @@ def test_discards_are_known_again_in_their_order_without_one_that_is_torn(
     journal.close()
     with (directory / "m.discards").open("ab") as notes:
         notes.write(b"torn")
-    assert next_sidecars(directory).discards("m") == [(7, 1), (1 << 39, 512)]
+    later = next_sidecars(directory)
+    assert later.discards("m") == [(7, 1), (1 << 39, 512)]
+    later.discarded("m", 9, 2)
+    assert later.discards("m") == [(7, 1), (1 << 39, 512), (9, 2)]
+    later.close()
+
+
+def test_a_discard_that_is_not_written_whole_is_an_error_and_leaves_nothing(
+    journal: ArrivalsJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.discarded("m", 7, 1)
+    write = os.write
+    monkeypatch.setattr("os.write", lambda fd, data: write(fd, data[:5]))
+    with pytest.raises(FerryError) as refused:
+        journal.discarded("m", 8, 1)
+    monkeypatch.undo()
+    assert refused.value.reason is Reason.NO_SPACE
+    journal.discarded("m", 9, 1)
+    assert journal.discards("m") == [(7, 1), (9, 1)]
+    journal.close()
 
 
 def test_a_guest_that_was_only_readied_for_is_told_apart(journal: ArrivalsJournal) -> None:
@@ -127,6 +147,15 @@ def test_a_guest_that_was_lost_is_remembered_without_its_discards(directory: Pat
     assert [path.name for path in directory.iterdir()] == ["m.lost"]
 
 
+def test_a_guest_that_is_whole_is_told_apart_until_its_source_knows(directory: Path, journal: ArrivalsJournal) -> None:
+    owned(journal)
+    journal.whole("m")
+    journal.whole("m")
+    assert list(next_sidecars(directory).owned()) == [replace(ONE, whole=True)]
+    journal.lost("m")
+    assert journal.was_lost("m") == ONE.prepare
+
+
 def test_what_was_never_noted_is_not_remembered_as_ended(directory: Path, journal: ArrivalsJournal) -> None:
     journal.never_ran("m")
     journal.lost("m")
@@ -143,7 +172,7 @@ def test_the_newest_that_ended_are_remembered(directory: Path, journal: Arrivals
     assert len(list(directory.iterdir())) == MAX_REMEMBERED
 
 
-@pytest.mark.parametrize("suffix", [".owned", ".ready", ".never", ".lost"])
+@pytest.mark.parametrize("suffix", [".owned", ".whole", ".ready", ".never", ".lost"])
 def test_a_note_that_cannot_be_read_stays_and_is_never_guessed_at(
     directory: Path, journal: ArrivalsJournal, suffix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

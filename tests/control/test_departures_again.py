@@ -174,7 +174,7 @@ async def test_memory_that_went_with_its_vmm_fails_it_and_nothing_runs_here(
     departure: Departure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await given(departure)
-    monkeypatch.setattr("pageferryd.control.departure.started_at", lambda _pid: 1)
+    monkeypatch.setattr("pageferryd.control.departure.is_process", lambda _pid, _started: False)
     await departure.again()
     await departure.ended()
     assert departure.record.error is not None

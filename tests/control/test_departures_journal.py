@@ -19,6 +19,7 @@ MEMORY = LeftMemory(
     12345,
     [(0, 8192), (1 << 40, 4096)],
     opaque=True,
+    files=["region0"],
 )
 ONE = Leaving(
     migration_pb2.Migration(

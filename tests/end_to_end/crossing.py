@@ -134,8 +134,8 @@ class Stage:
     _clients: dict[tuple[int, str], SidecarClient] = field(default_factory=dict)
     _registered: list[tuple[SidecarClient, str]] = field(default_factory=list)
 
-    async def sidecar(self, name: str, **settings: Any) -> Sidecar:
-        return await self._made(lambda: Sidecar(self.directory, name, **settings))
+    async def sidecar(self, name: str, make: type[Sidecar] = Sidecar, **settings: Any) -> Sidecar:
+        return await self._made(lambda: make(self.directory, name, **settings))
 
     async def guest(self, name: str, *options: str, **keywords: Any) -> Guest:
         return await self._made(lambda: Guest(self.directory / f"{name}.sock", *options, **keywords))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import random
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -21,6 +24,16 @@ from pageferry.tls import TlsFiles
 COMMAND = (sys.executable, "-m", "pageferryd.sidecar")
 # So small that a test can wait for them.
 QUICK_LIMITS = {"prepare_timeout": 6.0, "handover_timeout": 6.0, "reconnect_max_seconds": 0.4}
+
+
+def free_port() -> int:
+    """Return a port that nobody has, outside of those that the kernel gives out by itself (32768 and above)."""
+    for _ in range(100):
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port in a hundred tries")
 
 
 def write_config(path: Path, settings: dict[str, Any]) -> Path:
@@ -44,6 +57,7 @@ class Sidecar(Child):
         tls: TlsFiles | None = None,
         limits: dict[str, Any] | None = None,
         prefix: tuple[str, ...] = (),
+        more_arguments: tuple[str, ...] = (),
         **settings: Any,
     ) -> None:
         self.name = name
@@ -64,7 +78,10 @@ class Sidecar(Child):
             values["tls"] = {"ca": str(tls.ca), "certificate": str(tls.certificate), "key": str(tls.key)}
         config = write_config(directory / f"{name}.toml", values)
         super().__init__(
-            [*prefix, *COMMAND, "--config", str(config)], "stderr", env=private_environment(), cwd=directory
+            [*prefix, *COMMAND, "--config", str(config), *more_arguments],
+            "stderr",
+            env=private_environment(),
+            cwd=directory,
         )
         try:
             ready = self.wait_event("ready")

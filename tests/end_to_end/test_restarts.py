@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from typing import Any
 
 import pytest
 from crossing import FAILED, PAUSED, POSTCOPY, Crossing, Stage
@@ -17,12 +18,12 @@ pytestmark = [pytest.mark.root, pytest.mark.userfaultfd]
 ENDS = ["source", "destination"]
 
 
-async def under_way(stage: Stage, *options: str) -> Crossing:
+async def under_way(stage: Stage, *options: str, **keywords: Any) -> Crossing:
     """A guest whose memory comes so slowly that a test can do something meanwhile."""
     source, destination = await asyncio.gather(
         stage.sidecar("source", drain_seconds=0.1), stage.sidecar("destination", drain_seconds=0.1)
     )
-    crossing = await stage.crossing(source, destination, *options)
+    crossing = await stage.crossing(source, destination, *options, **keywords)
     await crossing.start(push_bytes_per_second=2 << 20)
     await crossing.becomes(crossing.at_destination, POSTCOPY)
     await crossing.becomes(crossing.at_source, POSTCOPY)
@@ -75,6 +76,17 @@ async def test_it_may_end_again_and_again(stage: Stage, end: str) -> None:
         await old.exit_code()
         await started_again(stage, crossing, end)
         await crossing.becomes(crossing.at_destination, POSTCOPY, PAUSED)
+    await crossing.arrives()
+
+
+@pytest.mark.kvm
+async def test_memory_that_no_userfaultfd_sees_is_taken_again(stage: Stage) -> None:
+    backed = ("--backing", "guest_memfd")
+    crossing = await under_way(stage, *backed, waiting_options=backed, kind="kvm")
+    for _ in range(2):
+        crossing.destination.signal(signal.SIGKILL)
+        await crossing.destination.exit_code()
+        await started_again(stage, crossing)
     await crossing.arrives()
 
 

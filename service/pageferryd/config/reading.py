@@ -32,9 +32,9 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
     from_file = _read_file(path) if path is not None else {}
     from_environment = _read_environment()
     # Names with an underscore first are what BaseSettings itself is told by its caller.
-    odd = [f"{key} ({path}): no such setting: correct its name or remove it" for key in from_file if key.startswith("_")]
+    odd = [key for key in from_file if key.startswith("_")]
     if odd:
-        raise _invalid(odd)
+        raise _invalid([f"{key} ({path}): no such setting: correct its name or remove it" for key in odd])
     merged = _merge(_merge(from_file, from_environment), dict(overrides or {}))
     try:
         return Settings(**merged)

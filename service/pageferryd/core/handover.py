@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from enum import Enum
 
-MAX_REMEMBERED = 256
-"""Most guests that never ran, and most that were lost, of which a destination keeps a note for their sources."""
-
 
 class SourceNote(Enum):
     """What a source has on its disk of a guest that leaves."""
@@ -167,8 +164,11 @@ def may_run_at_source(note: SourceNote, destination: Told, *, peer_fenced: bool)
     """
     if note is not SourceNote.GIVEN:
         return f"no guest is in doubt here: the note of the handover is {note.value!r}"
-    if destination in (Told.NEVER_RAN, Told.LOST, Told.UNKNOWN):
+    if destination in (Told.NEVER_RAN, Told.LOST):
         return None
+    if destination is Told.UNKNOWN:
+        # It may have lost its notes, and not the VMM.
+        return None if peer_fenced else "the destination knows no such guest, and its VMM may run: make sure it cannot"
     if destination is Told.NO_ANSWER:
         return None if peer_fenced else "the destination cannot be asked, and may run the guest: make sure it cannot"
     if destination is Told.READY:
