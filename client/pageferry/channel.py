@@ -24,6 +24,12 @@ MAX_MESSAGE_BYTES: Final = 80 * 1024 * 1024
 KEEPALIVE_TIME_MS: Final = 10_000
 KEEPALIVE_TIMEOUT_MS: Final = 5_000
 
+# Of one connection: a peer has a connection for each lane, an operator's may watch as many migrations.
+MAX_STREAMS: Final = 256
+# Of a server: whoever opens more is hung up on, while descriptors are left for what is under way.
+MAX_CONNECTIONS: Final = 4_096
+HANDSHAKE_TIMEOUT_MS: Final = 10_000
+
 _MESSAGES: Final[Options] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -53,6 +59,10 @@ SERVER_OPTIONS: Final[Options] = (
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_TIME_MS // 2),
     # A second sidecar on the same port must fail, not share it.
     ("grpc.so_reuseport", 0),
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+    # Who connects and says nothing is hung up on.
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
 )
 
 

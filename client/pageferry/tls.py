@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # What identifies one state of a file: device, inode, size in bytes, modification and change time in nanoseconds.
-_Fingerprint = tuple[tuple[int, int, int, int, int], ...]
+Fingerprint = tuple[tuple[int, int, int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ class _Renewal:
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
         self._lock = threading.Lock()
-        self._seen: _Fingerprint | None = _fingerprint(files)
+        self._seen: Fingerprint | None = fingerprint(files)
         self.identity = _load(files)
 
     def fetch(self) -> grpc.ServerCertificateConfiguration | None:
         """Return a new configuration when the files have changed and fit together; None keeps the one in use."""
         with self._lock:
             # Taken before the files are read: a change in between is then seen at the next connection.
-            seen = _fingerprint(self._files)
+            seen = fingerprint(self._files)
             if seen == self._seen:
                 return None
             self._seen = seen
@@ -115,7 +115,8 @@ class _Renewal:
             return identity.server_configuration()
 
 
-def _fingerprint(files: TlsFiles) -> _Fingerprint | None:
+def fingerprint(files: TlsFiles) -> Fingerprint | None:
+    """Return what changes whenever one of the files does; None while one is absent."""
     try:
         stats = [path.stat() for path in (files.ca, files.certificate, files.key)]
     except OSError:

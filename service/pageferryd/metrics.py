@@ -12,9 +12,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from pageferry import __version__
+from pageferry.errors import Reason
 from pageferryd.core.figures import DOORS, FAULT_CLASSES, LANES, PAGE_KINDS, ROLES
 from pageferryd.core.latency import STAGES
 from pageferryd.core.lifecycle import State
+from pageferryd.core.refusals import API, HANDOFF, LANE, PEER, VMM
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,6 +36,18 @@ LATENCY_BUCKETS: Final = (
 _Key = TypeVar("_Key", bound="tuple[str, ...]")
 _STATES: Final = tuple(state.name.lower() for state in State)
 
+# Others come with the first of their kind; each is of Reason.
+_REFUSALS: Final = {
+    API: (Reason.PEER_NOT_ALLOWED, Reason.ROLE_MISSING),
+    PEER: (Reason.PEER_NOT_ALLOWED, Reason.ROLE_MISSING, Reason.TOKEN_INVALID),
+    LANE: (Reason.PEER_NOT_ALLOWED, Reason.TOKEN_INVALID, Reason.LANE_SILENT, Reason.LANE_LOST),
+    HANDOFF: (
+        Reason.HANDOFF_WRONG_PEER, Reason.HANDOFF_NO_FD, Reason.HANDOFF_MALFORMED, Reason.HANDOFF_REGIONS,
+        Reason.MEMORY_NOT_ITS_OWN,
+    ),
+    VMM: (Reason.TOKEN_INVALID, Reason.MEMORY_NOT_ITS_OWN),
+}  # fmt: skip
+
 # Name, help, and field of Figures or Gauges.
 _COUNTERS: Final = (
     ("duplicate_pages", "Pages that came twice and were dropped.", "duplicate_pages"),
@@ -43,8 +57,10 @@ _COUNTERS: Final = (
     ("prefetch_late_pages", "Prefetched pages that the guest touched before they had come.", "prefetch_late"),
     ("push_paced_seconds", "Time that push lanes were held back by pacing.", "push_held_seconds"),
     ("lane_reconnects", "Times that lanes were opened again after a loss.", "reconnects"),
+    ("checksum_mismatches", "Pages that came damaged and were fetched again.", "checksum_mismatches"),
 )
 _GAUGES: Final = (
+    ("migrations_queued", "Migrations that wait for their turn.", "queued"),
     ("faults_waiting", "Faults that wait for their page.", "faults_waiting"),
     ("pages_missing", "Pages that guests at this destination still lack.", "pages_missing"),
     ("push_window_bytes", "Bytes that push lanes may have under way.", "push_window_bytes"),
@@ -102,6 +118,8 @@ def _from_figures(figures: Figures) -> Iterator[Metric]:
     yield _counter("received_bytes", "Bytes received from sources.", ("lane",), _keyed(figures.bytes), lanes)
     yield _counter("served_pages", "Pages sent by this source.", labels, figures.served_pages, kinds)
     yield _counter("served_bytes", "Bytes sent to destinations.", ("lane",), _keyed(figures.served_bytes), lanes)
+    refusals = [(where, reason.value) for where, reasons in _REFUSALS.items() for reason in reasons]
+    yield _counter("refusals", "Callers and VMMs refused.", ("where", "reason"), figures.refusals, refusals)
     for name, text, field in _COUNTERS:
         yield CounterMetricFamily(f"pageferry_{name}", text, value=getattr(figures, field))
 

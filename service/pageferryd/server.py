@@ -1,4 +1,4 @@
-"""The sidecar's gRPC server: where it listens, who may call what, and how errors reach the caller."""
+"""The sidecar's gRPC server: where it listens, what stands around its handlers, and how errors reach the caller."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import inspect
 import os
 import socket
 import stat
-import time
 from contextlib import aclosing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
@@ -21,14 +21,17 @@ from grpc_status import rpc_status
 from pageferry import address as addresses
 from pageferry.channel import SERVER_OPTIONS
 from pageferry.errors import FerryError, Reason, to_status
-from pageferry.tls import peer_names, server_credentials
+from pageferry.tls import server_credentials
+from pageferryd.access import PACKAGE, SERVICES, Access, Throng, caller_of, make_refusals, note_refusal
 from pageferryd.core.errors import CoreError
 from pageferryd.http import bind_error
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
+    from pageferryd.access import Caller
     from pageferryd.config import Settings
+    from pageferryd.core.refusals import Refusals
 
     # Handlers of all message types pass through here.
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -36,14 +39,6 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 
-_PACKAGE: Final = "pageferry.v1."
-_OPERATORS_SERVICE: Final = _PACKAGE + "MigrationService"
-_PEERS_SERVICES: Final = (_PACKAGE + "IncomingService", _PACKAGE + "PageService")
-SERVICES: Final = (_OPERATORS_SERVICE, *_PEERS_SERVICES)
-"""Full names of the services that a sidecar serves beside health and reflection."""
-
-_SECONDS_BETWEEN_REFUSALS: Final = 60.0
-_MAX_REMEMBERED_NAMES: Final = 256
 # A status travels in HTTP/2 trailers, of which a peer takes 8 KiB; the message is in them twice.
 _MAX_MESSAGE_BYTES: Final = 1_024
 _SOCKET_PROBE_SECONDS: Final = 1.0
@@ -58,10 +53,11 @@ class GrpcServer:
     a status with its reason.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, refusals: Refusals | None = None) -> None:
+        """`refusals` is where callers that are refused are counted."""
         self._settings = settings
         self._health = health.aio.HealthServicer()
-        self.server = grpc.aio.server(interceptors=[Guard(settings)], options=SERVER_OPTIONS)
+        self.server = grpc.aio.server(interceptors=[Guard(settings, refusals)], options=SERVER_OPTIONS)
         """The gRPC server that servicers and generic handlers are added to."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         reflection.enable_server_reflection(
@@ -119,14 +115,14 @@ class GrpcServer:
 class Guard(grpc.aio.ServerInterceptor):
     """Stands around each handler of ours: checks who calls before it, and turns what it raises into a status.
 
-    It adds nothing to single messages of a stream.
+    Nothing of a call is received, let alone parsed, before its caller was let in. It adds nothing to single messages of
+    a stream.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._insecure = settings.insecure
-        self._operators = frozenset(settings.operators)
-        self._peers = frozenset(settings.peers)
-        self._refusals = _Seldom()
+    def __init__(self, settings: Settings, refusals: Refusals | None = None) -> None:
+        self._access = Access(settings)
+        self._throng = Throng()
+        self._refusals = refusals if refusals is not None else make_refusals()
 
     async def intercept_service(
         self,
@@ -137,87 +133,62 @@ class Guard(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         # Health and reflection tell nothing of guests: they are open to whoever gets a connection.
-        if handler is None or not method.startswith(f"/{_PACKAGE}"):
+        if handler is None or not method.startswith(f"/{PACKAGE}"):
             return handler
-        kind, behaviour = _behaviour(handler)
-        return getattr(grpc, f"{kind}_rpc_method_handler")(  # type: ignore[no-any-return]
-            self._guarded(method, behaviour),
+        # On the wire all kinds are one. gRPC would take in a lone request, however large, before it asks the guard.
+        return grpc.stream_stream_rpc_method_handler(
+            self._guarded(method, handler),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
-    def _guarded(self, method: str, behaviour: Callable[[Any, Context], Any]) -> Callable[[Any, Context], Any]:
-        generates = inspect.isasyncgenfunction(behaviour)
-
-        async def guarded(request: Any, context: Context) -> Any:
+    def _guarded(self, method: str, handler: Handler) -> Callable[[Any, Context], Any]:
+        async def guarded(requests: Any, context: Context) -> None:
+            caller = caller_of(context)
             try:
-                self._authorise(method, context)
-                if not generates:
-                    return await behaviour(request, context)
-                # Written here instead of yielded on: one generator less for each message.
-                async with aclosing(behaviour(request, context)) as messages:
-                    async for message in messages:
-                        await context.write(message)
+                self._access.check(method, caller)
+                with self._throng.one_more(caller):
+                    request = requests if handler.request_streaming else await self._only(method, caller, context)
+                    await _run(handler, request, context)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
+                told = _as_ferry_error(error, method)
+                note_refusal(self._refusals, method, caller.who, told)
                 if context.cancelled():
                     # Nobody is left to be told; gRPC has closed the call.
                     raise
-                await context.abort_with_status(rpc_status.to_status(to_status(_as_ferry_error(error, method))))
+                await context.abort_with_status(rpc_status.to_status(to_status(told)))
 
         return guarded
 
-    def _authorise(self, method: str, context: Context) -> None:
-        """Raise FerryError(PEER_NOT_ALLOWED) unless the caller may use the method's service."""
-        if self._insecure:
-            return
-        service = method[1:].partition("/")[0]
-        for_peers = service in _PEERS_SERVICES
-        if context.auth_context().get("transport_security_type") != [b"ssl"]:
-            # Without TLS there is only the operators' socket; whoever may open it is trusted as one, but is no peer.
-            if for_peers:
-                raise self._refusal("an operator at the local socket", service)
-            return
-        allowed = self._peers if for_peers else self._operators
-        names = peer_names(context)
-        if allowed and not names & allowed:
-            raise self._refusal(", ".join(sorted(names)) or "a certificate without names", service)
-
-    def _refusal(self, who: str, service: str) -> FerryError:
-        who = who[:256]
-        setting = "peers" if service in _PEERS_SERVICES else "operators"
-        if self._refusals.allow(who):
-            _log.warning("caller refused", caller=who, service=service, setting=setting)
-        return FerryError(
-            Reason.PEER_NOT_ALLOWED, f"{who} may not call {service} here: add a name of its certificate to {setting}"
-        )
+    async def _only(self, method: str, caller: Caller, context: Context) -> Any:
+        """Receive the one request of a call that has one, and check it against the caller."""
+        try:
+            request = await context.read()
+        except DecodeError as error:
+            raise FerryError(Reason.INVALID_ARGUMENT, f"the request of {method} cannot be parsed") from error
+        if request is grpc.aio.EOF:
+            raise FerryError(Reason.INVALID_ARGUMENT, f"{method} was called without a request")
+        self._access.check_request(method, caller, request)
+        return request
 
 
-class _Seldom:
-    """Allows something once a minute for each key, and forgets the oldest of too many keys."""
-
-    def __init__(self) -> None:
-        self._allowed_at: dict[str, float] = {}
-
-    def allow(self, key: str) -> bool:
-        now = time.monotonic()
-        last = self._allowed_at.get(key)
-        if last is not None and now - last < _SECONDS_BETWEEN_REFUSALS:
-            return False
-        self._allowed_at.pop(key, None)
-        if len(self._allowed_at) >= _MAX_REMEMBERED_NAMES:
-            del self._allowed_at[next(iter(self._allowed_at))]
-        self._allowed_at[key] = now
-        return True
-
-
-def _behaviour(handler: Handler) -> tuple[str, Callable[[Any, Context], Any]]:
-    """Return a handler's kind, as in the names of gRPC's constructors, and its function."""
+async def _run(handler: Handler, request: Any, context: Context) -> None:
+    """Have a handler of any kind answer."""
     kind = "_".join(
         "stream" if streams else "unary" for streams in (handler.request_streaming, handler.response_streaming)
     )
-    return kind, getattr(handler, kind)
+    behaviour: Callable[[Any, Context], Any] = getattr(handler, kind)
+    if inspect.isasyncgenfunction(behaviour):
+        # Written here instead of yielded on: one generator less for each message.
+        async with aclosing(behaviour(request, context)) as messages:
+            async for message in messages:
+                await context.write(message)
+    elif handler.response_streaming:
+        await behaviour(request, context)
+    else:
+        await context.write(await behaviour(request, context))
 
 
 def _as_ferry_error(error: Exception, method: str) -> FerryError:

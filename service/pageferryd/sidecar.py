@@ -19,6 +19,7 @@ from pageferry import __version__
 from pageferry.errors import FerryError, Reason
 from pageferry.v1 import incoming_pb2_grpc, migration_pb2_grpc
 from pageferryd import config, logs
+from pageferryd.access import make_refusals
 from pageferryd.control.book import MigrationBook
 from pageferryd.control.departure import PageAddresses
 from pageferryd.control.drain import Drain
@@ -62,13 +63,16 @@ class Sidecar:
             settings.templates, self._guests, settings.runtime_dir, settings.limits.max_migrations
         )
         self._pages = PageService(secure=not settings.insecure)
-        self._book = MigrationBook(settings.limits.max_migrations, self._pages.withdraw)
+        refusals = make_refusals()
+        self._book = MigrationBook(settings.limits.max_migrations, self._pages.withdraw, refusals)
         journal = Journal(settings.runtime_dir / "journal")
         turns = Turns(settings.limits.max_outgoing)
         share = PushShare(settings.limits.host_push_bytes_per_second, time.monotonic())
-        self._around = Surroundings(settings, settings.tls_files(), self._guests, journal, turns, share, store)
-        self._grpc = GrpcServer(settings)
-        self._lanes = LaneServer(settings, self._pages)
+        self._around = Surroundings(
+            settings, settings.tls_files(), self._guests, journal, turns, share, store, refusals
+        )
+        self._grpc = GrpcServer(settings, refusals)
+        self._lanes = LaneServer(settings, self._pages, refusals)
         self._http = HttpServer(make_registry(self._book), self._unready)
         self._bound: list[str] = []
         self._add_services()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from io import StringIO
@@ -120,7 +121,7 @@ def test_the_console_format_is_plain_text_where_there_is_no_terminal(stream: Str
         {"nested": [{"secret": "5EC2E7"}, b"5EC2E7"]},
         {"deep": {"a": {"b": {"c": {"token": "5EC2E7"}}}}},
     ],
-    ids=str,
+    ids=lambda event: re.sub(" at 0x[0-9a-f]+", "", str(event)),
 )
 @pytest.mark.parametrize("log_format", ["json", "console"])
 def test_secrets_are_withheld(event: dict[str, Any], log_format: Any, stream: StringIO) -> None:

@@ -13,8 +13,10 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from pageferry import __version__
+from pageferry.errors import Reason
 from pageferryd.core.figures import Figures, Gauges
 from pageferryd.core.lifecycle import State
+from pageferryd.core.refusals import PLACES
 from pageferryd.metrics import LATENCY_BUCKETS, FiguresCollector, make_registry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,11 +64,16 @@ def test_known_figures_read_exactly_like_this(known: Known) -> None:
         push_held_seconds=1.25,
         reconnects=2,
         discarded_pages=17,
+        checksum_mismatches=4,
+        refusals=Counter({("api", "ROLE_MISSING"): 19, ("lane", "PEER_NOT_ALLOWED"): 23}),
     )
     known.counted.latencies.observe(read=30e-6, queued=30e-6, fetched=250e-6, installed=30e-6, total=340e-6)
     known.counted.latencies.observe(read=30e-6, queued=30e-6, fetched=20.0, installed=30e-6, total=20.1)
     known.now = Gauges(
-        migrations=Counter({("source", "completed"): 4, ("destination", "postcopy_paused"): 1}),
+        migrations=Counter(
+            {("source", "completed"): 4, ("destination", "postcopy_paused"): 1, ("source", "in_doubt"): 2}
+        ),
+        queued=8,
         faults_waiting=6,
         push_window_bytes=1 << 20,
         push_under_way_bytes=65536,
@@ -92,6 +99,8 @@ def test_known_figures_read_exactly_like_this(known: Known) -> None:
         'pageferry_received_bytes_total{lane="push"} 1.099511627776e+12',
         'pageferry_served_pages_total{kind="poisoned",lane="push"} 1.0',
         'pageferry_served_bytes_total{lane="push"} 8192.0',
+        'pageferry_refusals_total{reason="ROLE_MISSING",where="api"} 19.0',
+        'pageferry_refusals_total{reason="PEER_NOT_ALLOWED",where="lane"} 23.0',
         "pageferry_duplicate_pages_total 3.0",
         "pageferry_discarded_pages_total 17.0",
         "pageferry_prefetch_issued_pages_total 31.0",
@@ -99,8 +108,11 @@ def test_known_figures_read_exactly_like_this(known: Known) -> None:
         "pageferry_prefetch_late_pages_total 5.0",
         "pageferry_push_paced_seconds_total 1.25",
         "pageferry_lane_reconnects_total 2.0",
+        "pageferry_checksum_mismatches_total 4.0",
         'pageferry_migrations{role="source",state="completed"} 4.0',
+        'pageferry_migrations{role="source",state="in_doubt"} 2.0',
         'pageferry_migrations{role="destination",state="postcopy_paused"} 1.0',
+        "pageferry_migrations_queued 8.0",
         "pageferry_faults_waiting 6.0",
         "pageferry_pages_missing 1000.0",
         "pageferry_push_window_bytes 1.048576e+06",
@@ -136,6 +148,7 @@ def test_every_series_exists_from_the_start(known: Known) -> None:
     known.counted.pages["push", "raw"] += 1
     known.counted.bytes["push"] += 1
     known.counted.latencies.observe(1.0, 1.0, 1.0, 1.0, 4.0)
+    known.counted.refusals["handoff", "MEMORY_NOT_ITS_OWN"] += 1
     known.now.migrations["destination", "failed"] += 1
     known.now.last_downtime_seconds = 1.0
     assert set(samples(text_of(known))) == before
@@ -160,6 +173,13 @@ def test_a_count_under_an_unforeseen_label_is_shown_all_the_same(known: Known) -
     assert samples(text_of(known))['pageferry_faults_total{class="strange",door="uffd"}'] == "1.0"
 
 
+def test_the_refusals_that_are_known_beforehand_have_places_and_reasons_that_exist(known: Known) -> None:
+    pairs = re.findall(r'pageferry_refusals_total{reason="(\w+)",where="(\w+)"} 0.0', text_of(known))
+    assert len(pairs) > 10
+    assert {where for _, where in pairs} == set(PLACES)
+    assert {reason for reason, _ in pairs} <= set(Reason)
+
+
 def test_the_release_is_a_label_of_build_info(known: Known) -> None:
     assert re.search(
         rf'^pageferry_build_info{{.*version="{re.escape(__version__)}"}} 1.0$', text_of(known), re.MULTILINE
@@ -168,7 +188,9 @@ def test_the_release_is_a_label_of_build_info(known: Known) -> None:
 
 def test_no_label_can_name_a_guest_or_a_migration(known: Known) -> None:
     labels = set(re.findall(r'[{,]([a-z_]+)="', text_of(known)))
-    assert labels == {"door", "class", "stage", "lane", "kind", "role", "state", "le", "version", "python"}
+    assert labels == {
+        "door", "class", "stage", "lane", "kind", "role", "state", "le", "version", "python", "where", "reason",
+    }  # fmt: skip
 
 
 def test_the_registry_adds_the_process_itself(known: Known) -> None:

@@ -23,7 +23,6 @@ from certificates import Authority
 from pageferry.errors import Reason
 from pageferry.tls import TlsFiles
 from pageferry.v1 import page_pb2_grpc
-from pageferryd.server import _Seldom
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -165,13 +164,3 @@ async def test_in_insecure_mode_everything_may_be_called_over_the_local_socket_t
     for address in (sidecar.bound[0], f"unix:{path}"):
         await get_migration(sidecar.channel(address=address))
         await probe(sidecar.channel(address=address))
-
-
-def test_refusals_are_remembered_for_a_bounded_number_of_names() -> None:
-    seldom = _Seldom()
-    assert seldom.allow("mallory")
-    assert not seldom.allow("mallory")
-    assert all(seldom.allow(f"name {number}") for number in range(1000))
-    assert len(seldom._allowed_at) <= 256
-    # Forgotten by now, so that it is told again.
-    assert seldom.allow("mallory")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import array
 import asyncio
+import ctypes
 import json
+import mmap
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -37,6 +39,8 @@ class Vmm:
         self.path = path
         self._made: list[int] = []
         self._open: list[Any] = []
+        self._uffd: Userfaultfd | None = None
+        self._maps: list[mmap.mmap] = []
 
     def keep(self, fd: int) -> int:
         self._made.append(fd)
@@ -55,7 +59,22 @@ class Vmm:
 
     def uffd(self) -> int:
         self._open.append(uffd := Userfaultfd.open())
+        self._uffd = uffd
         return uffd.fileno()
+
+    def addresses(self, layout: Layout) -> list[int]:
+        """Return where the regions are, watched by the newest userfaultfd if there is one."""
+        if self._uffd is None:
+            return [(index + 1) << 44 for index in range(len(layout.regions))]
+        found = []
+        for region in layout.regions:
+            # Above its size, for an address that huge pages would have.
+            memory = mmap.mmap(-1, region.size + region.page_size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._maps.append(memory)
+            at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            found.append(at + -at % region.page_size)
+            self._uffd.register(found[-1], region.size)
+        return found
 
     async def hand_over(self, fds: list[int], layout: Layout = LAYOUT, **fields: Any) -> Handoff:
         """Hand over a table that fits the guest, but for `fields` of its first region, with descriptors."""
@@ -64,14 +83,14 @@ class Vmm:
         connection.connect(str(self.path))
         table = [
             {
-                "base_host_virt_addr": (index + 1) << 44,
+                "base_host_virt_addr": address,
                 "size": region.size,
                 "offset": layout.starts[index] * PAGE_SIZE,
                 "page_size": region.page_size,
                 "gpa_start": region.guest_address,
                 "is_guest_memfd": False,
             }
-            for index, region in enumerate(layout.regions)
+            for index, (region, address) in enumerate(zip(layout.regions, self.addresses(layout), strict=True))
         ]
         table[0].update(fields)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []

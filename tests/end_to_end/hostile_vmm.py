@@ -8,6 +8,8 @@ import asyncio
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 from pageferry.errors import FerryError, Reason
@@ -15,9 +17,18 @@ from pageferry.guests.control import run_control
 from pageferry.guests.process.guest import ProcessGuest
 from pageferry.guests.process.plan import Order, Plan
 from pageferry.vmm import GuestMemory, VmmServer
-from pageferry.vmm.regions import MemoryDescription, Region
+from pageferry.vmm.regions import FileMemory, MemoryDescription, Region
 
 MIB = 1 << 20
+# Ends when its input does: with the process that started it.
+ANOTHER = """
+import socket, sys
+from pageferry.vmm.memory import GuestMemory
+memory = GuestMemory(int(sys.argv[2]))
+with socket.socket(fileno=int(sys.argv[1])) as to:
+    socket.send_fds(to, [str(memory.address).encode()], [memory.open_userfault()])
+sys.stdin.read()
+"""
 FOREVER = 3600.0
 
 
@@ -32,6 +43,10 @@ class HostileVmm(ProcessGuest):
 
     async def describe_memory(self) -> MemoryDescription:
         description = await super().describe_memory()
+        if self.behave.startswith("names-"):
+            # A file of somebody else's, which the sidecar may open.
+            foreign = FileMemory(self.behave.removeprefix("names-"))
+            return MemoryDescription(description.state, [Region(0, self.memory.size, 4096, foreign)])
         if self.behave.startswith("describe-"):
             size = self.memory.size
             regions = {
@@ -76,7 +91,10 @@ class HostileVmm(ProcessGuest):
         }.get(what, json.dumps([good]).encode())
         reader, writer = os.pipe()
         fds = {"no-fd": [], "many-fds": [reader] * 3, "pipe": [reader], "unregistered": []}.get(what)
-        if fds is None:
+        if what == "foreign":
+            uffd, good["base_host_virt_addr"] = self._made_by_another(size)
+            table, fds = json.dumps([good]).encode(), [uffd]
+        elif fds is None:
             fds = [self.memory.open_userfault()]
         self.kept = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.kept.connect(socket_path)
@@ -84,6 +102,15 @@ class HostileVmm(ProcessGuest):
         self.kept.sendmsg([table], ancillary)
         os.close(reader)
         os.close(writer)
+
+    def _made_by_another(self, size: int) -> tuple[int, int]:
+        """Return a userfaultfd over memory of another process, and where that memory lies."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            command = [sys.executable, "-c", ANOTHER, str(theirs.fileno()), str(size)]
+            self.another = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.PIPE)
+            address, fds, _, _ = socket.recv_fds(ours, 64, 1)
+        return fds[0], int(address)
 
     async def pause(self) -> None:
         if self.behave == "pause-dies":

@@ -10,6 +10,7 @@ import mmap
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Protocol
 
@@ -87,21 +88,23 @@ class InMemfd(InProcess):
 
 
 class InFile:
-    """A file."""
+    """A file that this process keeps open."""
 
     def __init__(self, plan: str, path: Path) -> None:
         self.pid = os.getpid()
         self.path = path
-        with path.open("wb") as file:
-            file.truncate(len(plan) * PAGE)
-            for number, kind in enumerate(plan):
-                if kind not in (HOLE, READ):
-                    os.pwrite(file.fileno(), page_content(kind, number), number * PAGE)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        self._let_go = weakref.finalize(self, os.close, fd)
+        os.ftruncate(fd, len(plan) * PAGE)
+        for number, kind in enumerate(plan):
+            if kind not in (HOLE, READ):
+                os.pwrite(fd, page_content(kind, number), number * PAGE)
 
     def location(self, offset: int = 0) -> memory_pb2.MemoryLocation:
         return memory_pb2.MemoryLocation(file=memory_pb2.FileMemory(path=str(self.path), offset=offset))
 
     def close(self) -> None:
+        self._let_go()
         self.path.unlink()
 
 

@@ -116,7 +116,7 @@ class Settings(BaseSettings):
     peers: Names = []
     """Names in certificates that may call the incoming and the page service; empty allows any of the CA."""
     operators: Names = []
-    """Names in certificates that may call the migration service; empty allows any of the CA."""
+    """Names in certificates that may call the migration service; empty allows any of the CA where `viewers` is."""
     viewers: Names = []
     """Names in certificates that may look at migrations and guests, and change nothing."""
     log_format: Annotated[Literal["json", "console"], InLowerCase] = "json"
@@ -186,7 +186,7 @@ def _security_problems(settings: Settings) -> list[str]:
         problems.append("tls: certificates and insecure exclude each other: remove one of them")
     problems.extend(
         f"{field}: names cannot be checked in insecure mode: remove them, or give certificates"
-        for field in ("peers", "operators")
+        for field in ("peers", "operators", "viewers")
         if getattr(settings, field)
     )
     return problems

@@ -97,6 +97,7 @@ class Approach:
             self._around.settings,
             self._opener(layout),
             fault_token=arriving.fault_token,
+            refusals=self._around.refusals,
         )
         self._landing = landing
         await self._arrive(_retake(landing, arriving, self._kept))
@@ -185,7 +186,12 @@ class Approach:
         """Open the lanes and ready the VMM; have its memory handed over, unless that comes with the state."""
         driver, opener = self._guest.driver, self._opener(layout)
         self._landing = await Landing.open(
-            self._waiting(layout), self._name, self._around.settings, opener, await opener.open()
+            self._waiting(layout),
+            self._name,
+            self._around.settings,
+            opener,
+            await opener.open(),
+            refusals=self._around.refusals,
         )
         self.touched = True
         if driver.memory_comes_with_state:

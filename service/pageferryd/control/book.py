@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pageferryd.control.arrival import Arrival
+    from pageferryd.core.refusals import Refusals
 
 MAX_ENDED = 256
 
@@ -28,9 +29,10 @@ _ROLES = {migration_pb2.ROLE_SOURCE: "source", migration_pb2.ROLE_DESTINATION: "
 class MigrationBook:
     """Migrations by id, oldest first. `evicted` is called with the id of each that is forgotten."""
 
-    def __init__(self, max_active: int, evicted: Callable[[str], None]) -> None:
+    def __init__(self, max_active: int, evicted: Callable[[str], None], refusals: Refusals | None = None) -> None:
         self._max_active = max_active
         self._evicted = evicted
+        self._refusals = refusals
         self._movers: OrderedDict[str, Mover] = OrderedDict()
         self._ended = Figures()
         self._counted: set[str] = set()
@@ -103,6 +105,8 @@ class MigrationBook:
             else:
                 total.add(_figures(mover))
         total.add(self._ended)
+        if self._refusals is not None:
+            total.refusals.update(self._refusals.counts)
         return total
 
     def _count_ended(self, mover: Mover) -> None:
@@ -116,6 +120,7 @@ class MigrationBook:
         gauges = Gauges()
         for mover in self._movers.values():
             gauges.migrations[_ROLES[mover.record.role], mover.record.state.name.lower()] += 1
+            gauges.queued += mover.record.queue_position > 0
             if isinstance(mover, Incoming) and mover.arrival is not None:
                 _add_arrival(gauges, mover.arrival)
         self._add_last(gauges)

@@ -17,6 +17,7 @@ from pageferryd.control.keeping import Kept
 from pageferryd.control.peer import PROTOCOL_VERSION, Destination
 from pageferryd.control.view import layout_of, migration_of
 from pageferryd.core.lifecycle import State
+from pageferryd.core.refusals import VMM
 from pageferryd.linux.proc import is_process, started_at
 from pageferryd.source.memory import SourceMemory
 from pageferryd.source.page_service import layout_to_proto
@@ -119,7 +120,14 @@ class Departure:
 
     def _offer(self, memory: Memory) -> Served:
         """Offer the memory to the destination; it is not read yet."""
-        return self._serve(memory, SourceMemory.open(memory.layout, memory.locations, memory.holder))
+        try:
+            source = SourceMemory.open(memory.layout, memory.locations, memory.holder)
+        except FerryError as error:
+            if error.reason is Reason.MEMORY_NOT_ITS_OWN:
+                whose = f"the VMM of guest {self._record.guest_id}"
+                self._around.refusals.note(VMM, error.reason, whose, error.message)
+            raise
+        return self._serve(memory, source)
 
     def _serve(self, memory: Memory, source: SourceMemory) -> Served:
         record, layout = self._record, memory.layout

@@ -20,6 +20,7 @@ from pageferryd.vmm.driver import FaultEndpoint
 
 if TYPE_CHECKING:
     from pageferryd.config import Settings
+    from pageferryd.core.refusals import Refusals
     from pageferryd.destination.exit_door import ExitDoor
     from pageferryd.destination.handed_over import HandedOver
     from pageferryd.destination.session import Session
@@ -40,7 +41,9 @@ class Faults:
         self._json: JsonFaults | None = None
 
     @classmethod
-    async def start(cls, settings: Settings, directory: VmmDirectory, token: bytes = b"") -> Self:
+    async def start(
+        cls, settings: Settings, directory: VmmDirectory, token: bytes = b"", refusals: Refusals | None = None
+    ) -> Self:
         """Listen for the VMM of the directory; faults are refused until `connect`. FerryError(PERMISSION_MISSING).
 
         `token` is the VMM's secret where that has one already.
@@ -48,7 +51,7 @@ class Faults:
         token = token or secrets.token_bytes(TOKEN_BYTES)
         servicer = FaultServicer(token)
         server = grpc.aio.server(
-            interceptors=[Guard(settings)], options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS
+            interceptors=[Guard(settings, refusals)], options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS
         )
         fault_pb2_grpc.add_FaultServiceServicer_to_server(servicer, server)
         path = directory.path / _SOCKET

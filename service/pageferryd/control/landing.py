@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from pageferryd.config import Settings
     from pageferryd.core.layout import Layout
+    from pageferryd.core.refusals import Refusals
     from pageferryd.destination.handed_over import HandedOver
     from pageferryd.destination.lanes import LaneOpener, Lanes
     from pageferryd.vmm.driver import FaultEndpoint, VmmDriver
@@ -41,7 +42,13 @@ class Landing:
     """The seat of one migration's pager, with its lanes open, until a VMM's memory has come to it."""
 
     def __init__(
-        self, vmm: Waiting, settings: Settings, directory: VmmDirectory, faults: Faults, opener: LaneOpener
+        self,
+        vmm: Waiting,
+        settings: Settings,
+        directory: VmmDirectory,
+        faults: Faults,
+        opener: LaneOpener,
+        refusals: Refusals | None = None,
     ) -> None:
         self.vmm = vmm
         self.layout = vmm.layout
@@ -51,7 +58,7 @@ class Landing:
         self._lanes: Lanes | None = None
         self._seconds = settings.limits.prepare_timeout
         self._taken: asyncio.Future[HandedOver] = asyncio.get_running_loop().create_future()
-        self._listener = HandoffListener(directory.path / _SOCKET, vmm.layout, vmm.pid)
+        self._listener = HandoffListener(directory.path / _SOCKET, vmm.layout, vmm.pid, refusals)
 
     @classmethod
     async def open(
@@ -62,6 +69,7 @@ class Landing:
         opener: LaneOpener,
         lanes: Lanes | None = None,
         fault_token: bytes = b"",
+        refusals: Refusals | None = None,
     ) -> Self:
         """Listen for the VMM. `name` tells this migration's directory from others'; open `lanes` are taken over.
 
@@ -73,8 +81,8 @@ class Landing:
         faults: Faults | None = None
         try:
             directory = VmmDirectory.make(settings.runtime_dir, name, vmm.pid)
-            faults = await Faults.start(settings, directory, fault_token)
-            landing = cls(vmm, settings, directory, faults, opener)
+            faults = await Faults.start(settings, directory, fault_token, refusals)
+            landing = cls(vmm, settings, directory, faults, opener, refusals)
         except BaseException:
             if lanes is not None:
                 await lanes.close()

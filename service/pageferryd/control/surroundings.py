@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pageferryd.access import make_refusals
 from pageferryd.control.turns import Turns
 from pageferryd.linux.fd_store import FdStore
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pageferryd.control.journal import Journal
     from pageferryd.control.registry import GuestRegistry
     from pageferryd.core.push_share import PushShare
+    from pageferryd.core.refusals import Refusals
 
 
 @dataclass(frozen=True)
@@ -31,3 +33,5 @@ class Surroundings:
     """What the guests that come push together."""
     store: FdStore = field(default_factory=partial(FdStore, "", 0))
     """Where descriptors outlive this process."""
+    refusals: Refusals = field(default_factory=make_refusals)
+    """Who was refused."""

@@ -53,6 +53,10 @@ class Figures:
     """Times that lanes were opened again after a loss."""
     discarded_pages: int = 0
     """Pages that guests gave up before they came."""
+    checksum_mismatches: int = 0
+    """Pages that came damaged, by their checksums, and were fetched again."""
+    refusals: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Callers and VMMs that were refused, by place and reason; of the sidecar as a whole, not of a migration."""
 
     def add(self, other: Figures) -> None:
         """Count everything that another one has counted, too."""
@@ -72,6 +76,8 @@ class Gauges:
 
     migrations: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Migrations by role and by the lower-case name of their State."""
+    queued: int = 0
+    """Migrations that wait for their turn."""
     faults_waiting: int = 0
     """Faults that wait for their page."""
     push_window_bytes: int = 0

@@ -14,29 +14,41 @@ import os
 import socket
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pageferry.errors import FerryError, Reason
+from pageferryd.core.refusals import HANDOFF
 from pageferryd.destination.address_map import AddressMap
 from pageferryd.destination.handed_over import MAX_FDS, Handoff, assemble
+from pageferryd.destination.own_memory import refuse_foreign_memory
 from pageferryd.linux.unix_peer import peer_credentials, recv_with_fds
+from pageferryd.linux.userfaultfd import is_userfaultfd
 from pageferryd.linux.vmm_directory import give_to_owner_of_directory
 
 if TYPE_CHECKING:
     from pageferryd.core.layout import Layout
+    from pageferryd.core.refusals import Refusals
 
 MAX_TABLE_BYTES = 1 << 20
 _CHUNK = 64 << 10
+_REFUSALS: Final = frozenset({
+    Reason.HANDOFF_WRONG_PEER, Reason.HANDOFF_NO_FD, Reason.HANDOFF_MALFORMED, Reason.HANDOFF_REGIONS,
+    Reason.MEMORY_NOT_ITS_OWN,
+})  # fmt: skip
 
 
 class HandoffListener:
     """A Unix socket for one hand-off from one process."""
 
-    def __init__(self, path: Path, layout: Layout, pid: int) -> None:
-        """Listen at `path`, with mode 0600 and for the user of its directory, for process `pid`."""
+    def __init__(self, path: Path, layout: Layout, pid: int, refusals: Refusals | None = None) -> None:
+        """Listen at `path`, with mode 0600 and for the user of its directory, for process `pid`.
+
+        `refusals` is where hand-offs that are refused are counted.
+        """
         self.path = path
         self._layout = layout
         self._pid = pid
+        self._refusals = refusals
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             self._listener.setblocking(False)
@@ -54,7 +66,11 @@ class HandoffListener:
         self.path.unlink(missing_ok=True)
 
     async def receive(self, seconds: float) -> Handoff:
-        """Wait for the hand-off. FerryError: HANDOFF_TIMEOUT, _WRONG_PEER, _NO_FD, _MALFORMED or _REGIONS."""
+        """Wait for the hand-off.
+
+        FerryError: HANDOFF_TIMEOUT, _WRONG_PEER, _NO_FD, _MALFORMED or _REGIONS; MEMORY_NOT_ITS_OWN where it is not
+        the VMM's own memory, and what keeps this process from looking: PERMISSION_MISSING, VMM_GONE.
+        """
         try:
             async with asyncio.timeout(seconds):
                 connection, _ = await asyncio.get_running_loop().sock_accept(self._listener)
@@ -70,15 +86,30 @@ class HandoffListener:
             undo.callback(connection.close)
             connection.setblocking(False)
             peer = peer_credentials(connection)
-            if peer.pid != self._pid or not peer.pid:
-                raise FerryError(
-                    Reason.HANDOFF_WRONG_PEER,
-                    f"process {peer.pid} tried to hand memory over where process {self._pid} was expected",
-                )
-            fds: list[int] = []
+            try:
+                if peer.pid != self._pid or not peer.pid:
+                    raise FerryError(
+                        Reason.HANDOFF_WRONG_PEER,
+                        f"process {peer.pid} tried to hand memory over where process {self._pid} was expected",
+                    )
+                handoff = await self._receive(connection)
+            except FerryError as error:
+                if self._refusals is not None and error.reason in _REFUSALS:
+                    who = f"process {peer.pid} of user {peer.uid}"
+                    self._refusals.note(HANDOFF, error.reason, who, error.message)
+                raise
+            undo.pop_all()
+            return handoff
+
+    async def _receive(self, connection: socket.socket) -> Handoff:
+        fds: list[int] = []
+        with contextlib.ExitStack() as undo:
             undo.callback(_close_all, fds)
             table = await _receive_table(connection, fds)
+            files = [fd for fd in fds if not is_userfaultfd(fd)]
             handoff = assemble(fds, read_table(table, self._layout), connection)
+            undo.callback(handoff.close)
+            await asyncio.to_thread(refuse_foreign_memory, handoff, files, self._pid)
             undo.pop_all()
             return handoff
 

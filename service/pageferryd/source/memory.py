@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import NamedTuple, Self
 
@@ -49,28 +50,40 @@ class _Region(NamedTuple):
 class SourceMemory:
     """All regions of one guest, open for reading. Used by one thread at a time."""
 
-    def __init__(self, layout: Layout, process: PidFd) -> None:
+    def __init__(self, layout: Layout, process: PidFd | None, kept: Mapping[str, int]) -> None:
         """Start without readers: use `open`."""
         self.layout = layout
         self._process = process
+        self._kept = dict(kept)
+        self.files: dict[str, int] = {}
+        """Descriptors of the memory that outlives its VMM, by names that `open` knows again."""
         self._regions: list[_Region] = []
         self._readers: dict[tuple[str, str | int], RegionReader] = {}
 
     @classmethod
-    def open(cls, layout: Layout, locations: Sequence[memory_pb2.MemoryLocation], pid: int) -> Self:
-        """Open the memory of the VMM `pid`: one location a region.
+    def open(
+        cls,
+        layout: Layout,
+        locations: Sequence[memory_pb2.MemoryLocation],
+        pid: int | None,
+        kept: Mapping[str, int] | None = None,
+    ) -> Self:
+        """Open the memory of the VMM `pid`, None for one that has ended: one location a region.
 
-        FerryError: MEMORY_UNREADABLE, PERMISSION_MISSING, VMM_GONE, or LAYOUT_MISMATCH where a location does not hold
-        as many bytes as its region.
+        `kept` are descriptors that were `files` of an earlier sidecar's; they are taken over, and used instead of the
+        VMM's.
+
+        FerryError: MEMORY_UNREADABLE, PERMISSION_MISSING, VMM_GONE, MEMORY_NOT_ITS_OWN where a location is not the
+        VMM's, or LAYOUT_MISMATCH where it does not hold as many bytes as its region.
         """
         if len(locations) != len(layout.regions):
             raise FerryError(
                 Reason.LAYOUT_MISMATCH, f"{len(locations)} locations for {len(layout.regions)} regions of memory"
             )
-        memory = cls(layout, PidFd(pid))
+        memory = cls(layout, PidFd(pid) if pid is not None else None, kept or {})
         try:
-            for location, region in zip(locations, layout.regions, strict=True):
-                memory._add(location, region.size)
+            for number, (location, region) in enumerate(zip(locations, layout.regions, strict=True)):
+                memory._add(f"region{number}", location, region.size)
         except BaseException:
             memory.close()
             raise
@@ -95,13 +108,17 @@ class SourceMemory:
     @property
     def vmm_exited(self) -> bool:
         """Whether the process that holds the memory has ended. A memfd or file of it is readable still."""
-        return self._process.exited
+        return self._process is None or self._process.exited
 
     def close(self) -> None:
         """Let everything go. Twice does nothing."""
         while self._readers:
             self._readers.popitem()[1].close()
-        self._process.close()
+        self.files.clear()
+        while self._kept:
+            os.close(self._kept.popitem()[1])
+        if self._process is not None:
+            self._process.close()
 
     def _collect_one(self, page: int, credit_bytes: int) -> Collected:
         self.layout.check(page, 1)
@@ -119,22 +136,38 @@ class SourceMemory:
             return Collected([], [], page)
         return Collected([Run(page, 1, RAW)], [content], page + 1)
 
-    def _add(self, location: memory_pb2.MemoryLocation, size: int) -> None:
+    def _add(self, name: str, location: memory_pb2.MemoryLocation, size: int) -> None:
         match location.WhichOneof("location"):
             case "process":
                 base = location.process.address
-                reader = self._reader(("process", 0), lambda: ProcessReader(self._process))
+                reader = self._reader(("process", 0), lambda: ProcessReader(self._vmm()))
             case "memfd":
                 base, number = location.memfd.offset, location.memfd.fd
-                reader = self._reader(("memfd", number), lambda: FileReader.take(self._process, number))
+                reader = self._reader(("memfd", number), self._file(name, lambda: FileReader.take(self._vmm(), number)))
             case "file":
                 base, path = location.file.offset, location.file.path
                 if not PurePath(path).is_absolute():
                     raise FerryError(Reason.INVALID_ARGUMENT, f"memory file {path!r}: its path must be absolute")
-                reader = self._reader(("file", path), lambda: FileReader.open(path))
+                reader = self._reader(("file", path), self._file(name, lambda: FileReader.open(self._vmm(), path)))
             case _:
                 raise FerryError(Reason.INVALID_ARGUMENT, "a region of memory came without a location that is known")
         self._regions.append(_Region(reader, base, reader.check(base, size)))
+
+    def _vmm(self) -> PidFd:
+        if self._process is None:
+            raise FerryError(Reason.VMM_GONE, "the VMM has ended, and the guest's memory was not kept")
+        return self._process
+
+    def _file(self, name: str, make: Callable[[], FileReader]) -> Callable[[], FileReader]:
+        """Return what opens a file: as it was kept, or by asking the VMM."""
+
+        def open_file() -> FileReader:
+            fd = self._kept.pop(name, None)
+            reader = FileReader(fd, f"the memory that was kept as {name}") if fd is not None else make()
+            self.files[name] = reader.fileno()
+            return reader
+
+        return open_file
 
     def _reader(self, key: tuple[str, str | int], make: Callable[[], RegionReader]) -> RegionReader:
         """Return the one reader for all regions in the same place."""

@@ -35,6 +35,8 @@ HELLO_SECONDS = 5.0
 """How long a caller may take to say who it is."""
 MAX_REQUESTS = 1024
 """Most requests of one lane that wait to be answered."""
+_FETCHES_AT_ONCE = 16
+"""Answers of a demand lane, of 2 MiB at most, before other lanes have their turn."""
 _HIGH_WATER = 1 << 20
 """Bytes of answers that a destination may leave unread before it is answered no further."""
 
@@ -64,12 +66,6 @@ class PageLane(asyncio.Protocol):
         connection = transport.get_extra_info("socket")
         if connection is not None and connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # A destination that vanished without a word owes nothing: only the kernel can find that out.
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 25_000)
 
     def data_received(self, data: bytes) -> None:
         """Requests, or the hello before them."""
@@ -77,10 +73,8 @@ class PageLane(asyncio.Protocol):
             for frame in self._frames.take(data):
                 if self._served is None:
                     self._hello(frame)
-                elif self._pushes:
-                    self._ask_push(frame)
                 else:
-                    self._answer_fetch(self._served, frame)
+                    self._ask(frame)
         except Exception as error:
             self._refuse(error)
 
@@ -123,14 +117,20 @@ class PageLane(asyncio.Protocol):
         self._deadline.cancel()
         self._transport.write(framed(b""))
 
-    def _answer_fetch(self, served: Served, frame: bytes) -> None:
-        self._send(fetch(served, decode_fetch(frame)))
-
-    def _ask_push(self, frame: bytes) -> None:
+    def _ask(self, frame: bytes) -> None:
         if len(self._requests) >= MAX_REQUESTS:
-            raise FerryError(Reason.INVALID_ARGUMENT, f"{MAX_REQUESTS} push requests wait already")
-        self._requests.append(decode_push(frame))
+            raise FerryError(Reason.INVALID_ARGUMENT, f"{MAX_REQUESTS} requests of one lane wait already")
+        self._requests.append(decode_push(frame) if self._pushes else decode_fetch(frame))
+        if not self._pushes:
+            self._answer_fetches()
         self._pump_soon()
+
+    def _answer_fetches(self) -> None:
+        """Answer at once, but no more than the destination reads, and not so many that others wait."""
+        for _ in range(_FETCHES_AT_ONCE):
+            if self._served is None or not self._requests or not self._may_write:
+                return
+            self._send(fetch(self._served, self._requests.popleft()))
 
     def _pump_soon(self) -> None:
         if not self._pumping and self._may_write and (self._requests or self._answer is not None):
@@ -138,12 +138,14 @@ class PageLane(asyncio.Protocol):
             self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
-        """Send one message of the push lane, and let everybody else have their turn."""
+        """Send one message of the push lane, or some answers, and let everybody else have their turn."""
         self._pumping = False
         if self._served is None or self._transport.is_closing():
             return
         try:
-            if self._answer is None and self._requests:
+            if not self._pushes:
+                self._answer_fetches()
+            elif self._answer is None and self._requests:
                 self._answer = PushAnswer(self._served, self._requests.popleft())
             if self._answer is not None:
                 part = self._answer.next_part()

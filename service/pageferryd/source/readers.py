@@ -9,12 +9,14 @@ from typing import Protocol
 
 from pageferry.errors import FerryError, Reason
 from pageferryd.core.layout import PAGE_SIZE
+from pageferryd.linux.held_files import holds_file, may_read
 from pageferryd.linux.holes import Extents, ProcessPages, file_extents
 from pageferryd.linux.pidfd import PidFd
 from pageferryd.source.mappings import is_dying, is_mapped, mappings
 
 # What reading a poisoned page fails with.
 _POISONED = frozenset({errno.EIO, errno.EFAULT})
+_ENDING_SECONDS = 0.5
 
 
 class RegionReader(Protocol):
@@ -54,20 +56,37 @@ class FileReader:
         self._size = os.fstat(fd).st_size
 
     @classmethod
-    def open(cls, path: str) -> FileReader:
-        """Open a memory file. FerryError: MEMORY_UNREADABLE, PERMISSION_MISSING."""
-        return cls(_open_regular(path, f"memory file {path}"), f"memory file {path}")
+    def open(cls, process: PidFd, path: str) -> FileReader:
+        """Open a VMM's memory file, which it must have open or mapped.
+
+        FerryError: MEMORY_UNREADABLE, PERMISSION_MISSING, VMM_GONE, MEMORY_NOT_ITS_OWN.
+        """
+        name = f"memory file {path}"
+        fd = _open_regular(path, name)
+        try:
+            # Of what was opened: by its name another file could be found a moment later.
+            _refuse_unless_held(process, fd, name)
+            return cls(fd, name)
+        except BaseException:
+            os.close(fd)
+            raise
 
     @classmethod
     def take(cls, process: PidFd, number: int) -> FileReader:
-        """Open the file behind a VMM's descriptor, a memfd. FerryError as in `open`, or VMM_GONE."""
+        """Open the file behind a VMM's descriptor, a memfd. FerryError as in `open`."""
         name = f"file descriptor {number} of process {process.pid}"
         taken = process.get_fd(number)
         try:
+            if not may_read(taken):
+                raise _foreign(process.pid, name, "has not opened it for reading")
             # Opened anew, because a duplicate would share its file position with the VMM.
             return cls(_open_regular(f"/proc/self/fd/{taken}", name), name)
         finally:
             os.close(taken)
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._fd
 
     def check(self, at: int, length: int) -> bool:
         """See RegionReader."""
@@ -217,6 +236,24 @@ def _whole_pages(extents: list[tuple[int, int]], base: int) -> list[tuple[int, i
 
 def _gone(pid: int) -> FerryError:
     return FerryError(Reason.VMM_GONE, f"the VMM (process {pid}) is gone, and the guest's memory with it")
+
+
+def _refuse_unless_held(process: PidFd, fd: int, name: str) -> None:
+    """Refuse what a VMM names and has not: this process may open files that the VMM may not."""
+    held = holds_file(process.pid, fd)
+    # What was found may be of a later process with the same id; and one that ends lets its files go a moment before.
+    if process.wait(0 if held else _ENDING_SECONDS):
+        raise _gone(process.pid)
+    if not held:
+        raise _foreign(process.pid, name, "has neither mapped it nor opened it for reading")
+
+
+def _foreign(pid: int, name: str, why: str) -> FerryError:
+    return FerryError(
+        Reason.MEMORY_NOT_ITS_OWN,
+        f"{name} is not the memory of the VMM (process {pid}), which {why}: a VMM names its guest's own memory, and "
+        "keeps it mapped",
+    )
 
 
 def _open_regular(path: str, name: str) -> int:
