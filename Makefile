@@ -21,6 +21,10 @@ demo: .venv/runtime.stamp ## Move a running guest between two sidecars on this m
 test: .venv/dev.stamp system-packages ## Run the whole test suite (ARGS="tests/core -k pacing")
 	@PATH="$(CURDIR)/.make/bin:$$PATH:/usr/sbin:/sbin" $(BIN)/python -m pytest $(ARGS)
 
+.PHONY: chaos
+chaos: .venv/dev.stamp system-packages ## Kill and cut both hosts at every step of migrations, and print what became of the guests
+	@PATH="$(CURDIR)/.make/bin:$$PATH:/usr/sbin:/sbin" PAGEFERRY_CHAOS=long $(BIN)/python -m pytest -q tests/chaos $(ARGS)
+
 .PHONY: lint
 lint: .venv/dev.stamp system-packages ## Check style, types, the protobuf contract, its stubs and the alert rules
 	$(BIN)/ruff check --no-cache .

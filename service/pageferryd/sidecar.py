@@ -65,7 +65,8 @@ class Sidecar:
         self._pages = PageService(secure=not settings.insecure)
         refusals = make_refusals()
         self._book = MigrationBook(settings.limits.max_migrations, self._pages.withdraw, refusals)
-        journal = Journal(settings.runtime_dir / "journal")
+        # With a dot: no migration's id, after which directories beside it are named, has one.
+        journal = Journal(settings.runtime_dir / "journal.d")
         turns = Turns(settings.limits.max_outgoing)
         share = PushShare(settings.limits.host_push_bytes_per_second, time.monotonic())
         self._around = Surroundings(
@@ -152,7 +153,8 @@ class Sidecar:
                         await mover.record.changes.wait(1.0)
         except TimeoutError:
             _log.warning("drain_incomplete", migrations=sum(1 for _ in self._book.active()))
-        for mover in list(self._book.active()):
+        # Those that have ended, too: of some the VMM is still being ended.
+        for mover in list(self._book.newest_first()):
             await mover.stop()
         await self._starter.close()
         await self._guests.close()

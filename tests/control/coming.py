@@ -48,7 +48,7 @@ class Coming:
         settings = Settings(host="b", listen=["127.0.0.1:0"], insecure=True, runtime_dir=directory, limits=limits)
         self.vmm = StandInVmm(Activity.INCOMING)
         self.guests = GuestRegistry({"stand-in": lambda _address: self.vmm})
-        self._around = Surroundings(settings, None, self.guests, Journal(directory / "journal"))
+        self._around = Surroundings(settings, None, self.guests, Journal(directory / "journal.d"))
         self._left = GuestMemory(len(CONTENT))
         self._left.write(0, CONTENT)
         location = memory_pb2.MemoryLocation(process=memory_pb2.ProcessMemory(address=self._left.address))

@@ -64,7 +64,7 @@ class Departure:
         return self.outgoing
 
     def around(self) -> Surroundings:
-        return Surroundings(self.settings, None, self.guests, Journal(self.settings.runtime_dir / "journal"))
+        return Surroundings(self.settings, None, self.guests, Journal(self.settings.runtime_dir / "journal.d"))
 
     async def again(self) -> Outgoing:
         """Go on as a sidecar does that finds the notes of one that was killed."""
@@ -79,7 +79,7 @@ class Departure:
         return mover
 
     def notes(self) -> list[str]:
-        return sorted(path.name for path in self.settings.runtime_dir.glob("journal/*"))
+        return sorted(path.name for path in self.settings.runtime_dir.glob("journal.d/*"))
 
     async def ended(self) -> None:
         await asyncio.wait_for(asyncio.wait([self.outgoing._task]), DEADLINE)

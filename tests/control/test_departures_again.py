@@ -81,7 +81,7 @@ async def killed_before_it_was_given(departure: Departure) -> None:
     handing = departure.there.gate("HandOver")
     outgoing = departure.begin()
     await handing.until_reached()
-    (note,) = departure.settings.runtime_dir.glob("journal/*")
+    (note,) = departure.settings.runtime_dir.glob("journal.d/*")
     content = note.read_bytes()
     handing.opened.set()
     await asyncio.wait_for(outgoing.stop(), DEADLINE)

@@ -19,7 +19,7 @@ CONTENT = {"pid": 4711, "name": "web"}
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    return tmp_path / "journal"
+    return tmp_path / "journal.d"
 
 
 @pytest.fixture

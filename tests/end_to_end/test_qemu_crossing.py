@@ -97,4 +97,4 @@ async def test_a_destination_sidecar_that_is_killed_is_started_again_and_loses_n
     shown = await hosts.arrives(waiting)
     assert shown.progress.pages_present == shown.progress.pages_total
     assert traces_in(hosts.guest) == []
-    assert not (again.runtime_dir / "journal").exists()
+    assert not (again.runtime_dir / "journal.d").exists()

@@ -112,5 +112,5 @@ async def test_a_vmm_that_ended_meanwhile_is_said_so_at_both_ends(stage: Stage) 
         shown = await crossing.becomes(client, FAILED)
         assert shown.error.reason == Reason.VMM_GONE
     # A source that was away would ask later.
-    assert [path.suffix for path in (again.runtime_dir / "journal").iterdir()] == [".lost"]
+    assert [path.suffix for path in (again.runtime_dir / "journal.d").iterdir()] == [".lost"]
     assert crossing.guest.alive

@@ -146,21 +146,36 @@ def options(ends: Ends, migration_id: str) -> RenderableType:
 def choices(ends: Ends) -> list[Choice]:
     """Return the decisions that can come into question at this end; none where its migration needs no decision."""
     here, there = ends
-    if here.state in FINAL_STATES or not here.known:
+    if not _open(here):
         return []
     if here.role == pb.ROLE_DESTINATION:
         return [
             Choice(RUN_AT_SOURCE, _REFUSED, f"{_name(there)} decides this, once the guest is given up here"),
-            Choice(GIVE_UP, _POSSIBLE, "its VMM here is killed, and what it did here is lost"),
+            _give_up_at_destination(here),
         ]
     return [_run_at_source(there), _give_up_at_source(there)] if here.handed_over else []
+
+
+def _open(here: pb.HandoverView) -> bool:
+    """Say whether there is anything left at this end: a migration that failed may have left a guest standing still."""
+    if here.state == pb.MIGRATION_STATE_FAILED:
+        return here.known and here.handed_over
+    return here.known and here.state not in FINAL_STATES
+
+
+def _give_up_at_destination(here: pb.HandoverView) -> Choice:
+    if here.state not in {pb.MIGRATION_STATE_POSTCOPY_PAUSED, pb.MIGRATION_STATE_FAILED}:
+        return Choice(
+            GIVE_UP, _REFUSED, "the guest does not wait for a source that is gone, nor has its migration failed"
+        )
+    return Choice(GIVE_UP, _POSSIBLE, "its VMM here is killed, and what it did here is lost")
 
 
 def nothing_to_decide(here: pb.HandoverView, migration_id: str) -> str:
     """Return why this end has no decision to make, and what to do instead."""
     if not here.known:
         return "nothing can be decided here: this sidecar knows nothing of the migration"
-    if here.state in FINAL_STATES:
+    if not _open(here):
         return "nothing is left to decide: the migration has ended at this end"
     return f"nothing has to be decided: the guest was not handed over; take it back: pageferry cancel {migration_id}"
 
@@ -172,6 +187,8 @@ def _run_at_source(there: pb.HandoverView) -> Choice:
     if not there.known:
         why = f"{_name(there)} cannot say: first make sure that no VMM runs the guest there"
         return Choice(RUN_AT_SOURCE, _FENCED, why)
+    if there.handed_over:
+        return Choice(RUN_AT_SOURCE, _REFUSED, f"the guest is {_name(there)}'s own: give it up there first")
     if there.state in {pb.MIGRATION_STATE_FAILED, pb.MIGRATION_STATE_CANCELLED}:
         return Choice(RUN_AT_SOURCE, _POSSIBLE, f"{_name(there)} has given it up; it goes on as at the handover")
     return Choice(
@@ -184,6 +201,8 @@ def _give_up_at_source(there: pb.HandoverView) -> Choice:
         return Choice(GIVE_UP, _FENCED, f"what {_name(there)} lacks of the guest's memory is lost with it")
     if not there.handed_over:
         return Choice(GIVE_UP, _FENCED, f"the guest is not {_name(there)}'s own, and would be lost altogether")
+    if there.state != pb.MIGRATION_STATE_COMPLETED and not there.pages_missing:
+        return Choice(GIVE_UP, _FENCED, f"{_name(there)} has not said yet that it needs nothing more from here")
     if there.pages_missing:
         missing = _missing(there).plain
         return Choice(GIVE_UP, _FENCED, f"{_name(there)} lacks {missing}, which would be lost")

@@ -161,7 +161,8 @@ class VmmServicer(vmm_pb2_grpc.VmmServiceServicer):
         async with _errors_to(context):
             # The VMM may exit at once, and would leave its socket file behind.
             self._before_kill()
-            await self._vmm.kill()
+            # Whoever asked may be gone by now, and nobody could ask once more.
+            await asyncio.shield(asyncio.ensure_future(self._vmm.kill()))
         return vmm_pb2.KillResponse()
 
     async def _require(self, what: str, *allowed: VmmState) -> VmmState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import signal
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,7 @@ from pageferryd.control.peer import PROTOCOL_VERSION, Destination
 from pageferryd.control.view import layout_of, migration_of
 from pageferryd.core.lifecycle import State
 from pageferryd.core.refusals import VMM
+from pageferryd.linux.pidfd import PidFd
 from pageferryd.linux.proc import is_process, started_at
 from pageferryd.source.memory import SourceMemory
 from pageferryd.source.page_service import layout_to_proto
@@ -220,6 +222,26 @@ class Departure:
         source = SourceMemory.open(layout, memory.locations, holder, self._kept.take(memory.files))
         served = self._serve(Memory(layout, memory.locations, memory.holder), source)
         self._open(served, PrivatePages(memory.private, memory.opaque))
+
+    @property
+    def vmm_ended(self) -> bool:
+        """Whether the VMM that the guest was prepared in is no more."""
+        leaving = self._leaving
+        return leaving is not None and not is_process(leaving.pid, leaving.started)
+
+    def refuse_lost(self) -> None:
+        """Raise FerryError(VMM_GONE) where the VMM has ended, and the guest's memory with it."""
+        if self.vmm_ended and self._source is not None and not self._source.outlives_vmm:
+            raise FerryError(
+                Reason.VMM_GONE, f"the VMM of guest {self._guest.guest_id} ended, and the guest's memory with it"
+            )
+
+    def kill_vmm(self) -> None:
+        """Kill the VMM by its process, as it does not answer. FerryError(VMM_*)."""
+        leaving = self._leaving
+        if leaving is not None and not self.vmm_ended:
+            with PidFd(leaving.pid) as process:
+                process.send_signal(signal.SIGKILL)
 
     async def close(self) -> None:
         """Let the connection go, and the memory: the page service keeps what answers a late question."""

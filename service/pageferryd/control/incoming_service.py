@@ -182,6 +182,8 @@ class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
         try:
             self._refuse_remembered(migration_id, context)
         except FerryError as told:
+            if told.reason is Reason.PEER_NOT_ALLOWED:
+                raise
             view.known = True
             view.state = migration_pb2.MIGRATION_STATE_FAILED
             # A note that nobody can read may say that the guest is this host's.

@@ -178,6 +178,7 @@ class Outgoing:
         """Wait for a turn, and give the guest away."""
         await self._prepare()
         await self._departure.hand_over()
+        self._departure.refuse_lost()
         self._around.journal.departures.given(self.record.migration_id)
         self.committed = True
         self.record.lifecycle.to(State.POSTCOPY)
@@ -267,7 +268,19 @@ class Outgoing:
     async def _end_vmm(self) -> None:
         """End the VMM that the guest has left. Whether it goes or not, the guest is whole at the destination."""
         try:
+            if self._left is not None:
+                # This process has not spoken to it yet.
+                await self.guest.driver.describe()
             await self.guest.driver.kill()
+        except FerryError as error:
+            _log.warning("vmm_not_killed", migration=self.record.migration_id, detail=error.message)
+            if self._left is not None and error.reason is Reason.VMM_UNREACHABLE:
+                await self._kill_vmm()
+
+    async def _kill_vmm(self) -> None:
+        """An earlier sidecar may have asked it to end, and it has not, and answers nobody any more."""
+        try:
+            await asyncio.to_thread(self._departure.kill_vmm)
         except FerryError as error:
             _log.warning("vmm_not_killed", migration=self.record.migration_id, detail=error.message)
 
@@ -278,6 +291,9 @@ class Outgoing:
             # The guest may have run at the destination: it is not run here again, and its VMM stays as it is.
             self.record.fail(error)
             self.guest.migration_id = None
+            if self._following.failure is not None and self._departure.vmm_ended:
+                # Neither end has anything left of it that could be decided on.
+                await self._ended()
             _log.error("migration_failed", migration=self.record.migration_id, detail=error.message)
         else:
             await self._undo(error, State.FAILED)
@@ -313,5 +329,5 @@ class Outgoing:
                 await driver.resume()
         except FerryError as stuck:
             told = FerryError(error.reason, f"{error.message}; and the guest could not be resumed: {stuck.message}")
-            return told, stuck.reason is Reason.VMM_GONE
+            return told, self._departure.vmm_ended
         return error, True

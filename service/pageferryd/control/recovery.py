@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
+import shutil
 from typing import TYPE_CHECKING
 
 import structlog
@@ -16,6 +19,9 @@ from pageferryd.control.record import MigrationRecord
 from pageferryd.vmm.driver import Activity
 
 if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
+    from pathlib import Path
+
     from pageferryd.control.arrivals_journal import Arriving
     from pageferryd.control.book import MigrationBook
     from pageferryd.control.departures_journal import Leaving
@@ -24,6 +30,9 @@ if TYPE_CHECKING:
     from pageferryd.source.page_service import PageService
 
 _log = structlog.get_logger(__name__)
+
+MIGRATION_ID = re.compile(r"[A-Za-z0-9]{1,32}")
+"""Ids of migrations, and the names of their directories. Nothing else in a runtime directory is named so."""
 
 # Their destinations were told where pages are when these were prepared.
 _NO_ADDRESSES = PageAddresses("")
@@ -35,6 +44,7 @@ async def recover_arrivals(around: Surroundings, book: MigrationBook) -> None:
     VMMs that were only readied for a guest are ended: their memory was taken, and they can serve no other.
     """
     arrivals = around.journal.arrivals
+    sweep_directories(around.settings.runtime_dir, {arriving.prepare.migration_id for arriving in arrivals.owned()})
     await asyncio.gather(
         *(_go_on(arriving, around, book) for arriving in arrivals.owned()),
         *(_give_up(arriving, around) for arriving in (*arrivals.readied(), *arrivals.never_ran_here())),
@@ -48,6 +58,14 @@ async def recover_departures(around: Surroundings, book: MigrationBook, pages: P
     """
     unfinished = list(around.journal.departures.unfinished())
     await asyncio.gather(*(_see_off(leaving, step, around, book, pages) for leaving, step in unfinished))
+
+
+def sweep_directories(runtime_dir: Path, needed: AbstractSet[str]) -> None:
+    """Remove the directories of VMMs of migrations that were under way, but for those that are gone on with."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in list(runtime_dir.iterdir()):
+            if MIGRATION_ID.fullmatch(path.name) and path.name not in needed and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 async def _go_on(arriving: Arriving, around: Surroundings, book: MigrationBook) -> None:

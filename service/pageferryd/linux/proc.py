@@ -46,15 +46,21 @@ def started_at(pid: int) -> int:
 
     Field 22 of proc_pid_stat(5). FerryError as in `looking_at`.
     """
+    return int(_stat(pid)[22 - 3])
+
+
+def _stat(pid: int) -> list[bytes]:
+    """Return the fields of proc_pid_stat(5) from the third, the state, on."""
     with looking_at(pid, "stat"):
         content = Path(f"/proc/{pid}/stat").read_bytes()
     # The name in parentheses may hold anything.
-    return int(content[content.rindex(b")") + 2 :].split()[22 - 3])
+    return content[content.rindex(b")") + 2 :].split()
 
 
 def is_process(pid: int, started: int) -> bool:
-    """Say whether the process of that id that was started then is there still, if only as a zombie."""
+    """Say whether the process of that id that was started then lives: a zombie has ended."""
     try:
-        return started_at(pid) == started
+        fields = _stat(pid)
     except FerryError:
         return False
+    return int(fields[22 - 3]) == started and fields[0] not in (b"Z", b"X")

@@ -110,6 +110,11 @@ class SourceMemory:
         """Whether the process that holds the memory has ended. A memfd or file of it is readable still."""
         return self._process is None or self._process.exited
 
+    @property
+    def outlives_vmm(self) -> bool:
+        """Whether all of it can be read when the VMM has ended."""
+        return all(isinstance(reader, FileReader) for reader in self._readers.values())
+
     def close(self) -> None:
         """Let everything go. Twice does nothing."""
         while self._readers:
