@@ -26,13 +26,28 @@ def verdicts(here: pb.HandoverView, there: pb.HandoverView) -> dict[str, str]:
     return {choice.option: choice.verdict for choice in handover.choices(Ends(here, there))}
 
 
+def test_a_guest_that_a_failed_migration_left_behind_can_be_decided_on() -> None:
+    failed = {"state": pb.MIGRATION_STATE_FAILED}
+    given_up = destination(handed_over=False, **failed)
+    assert verdicts(source(**failed), given_up) == {handover.RUN_AT_SOURCE: POSSIBLE, handover.GIVE_UP: FENCED}
+    assert verdicts(destination(**failed), unreachable(pb.ROLE_SOURCE))[handover.GIVE_UP] == POSSIBLE
+    assert verdicts(given_up, unreachable(pb.ROLE_SOURCE)) == {}
+
+
+def test_a_guest_that_is_well_at_its_destination_is_not_given_up_there() -> None:
+    running = destination(state=pb.MIGRATION_STATE_POSTCOPY)
+    assert verdicts(running, source())[handover.GIVE_UP] == REFUSED
+
+
 @pytest.mark.parametrize(
     ("there", "run_at_source", "give_up"),
     [
         (unreachable(), FENCED, FENCED),
         (pb.HandoverView(role=pb.ROLE_DESTINATION, host="beta", reachable=True), FENCED, FENCED),
         (destination(), REFUSED, FENCED),
-        (destination(pages_missing=0), REFUSED, POSSIBLE),
+        (destination(pages_missing=0), REFUSED, FENCED),
+        (destination(pages_missing=0, state=pb.MIGRATION_STATE_COMPLETED), REFUSED, POSSIBLE),
+        (destination(state=pb.MIGRATION_STATE_FAILED), REFUSED, FENCED),
         (destination(handed_over=False, pages_missing=0), REFUSED, FENCED),
         (destination(state=pb.MIGRATION_STATE_FAILED, handed_over=False), POSSIBLE, FENCED),
     ],
