@@ -4,6 +4,8 @@ PYTHON ?=
 ARGS ?=
 BIN := .venv/bin
 CONSTRAINTS := $(wildcard constraints/*.txt)
+# The whole suite: a file's tests stay together, for they share sidecars.
+IN_PARALLEL := -n 2 --dist loadfile
 # A virtual environment whose interpreter is gone (never made, or Python upgraded) is made again.
 NO_VENV := $(if $(wildcard $(BIN)/python),,no-venv)
 
@@ -19,7 +21,7 @@ demo: .venv/runtime.stamp ## Move a running guest between two sidecars on this m
 
 .PHONY: test
 test: .venv/dev.stamp system-packages ## Run the whole test suite (ARGS="tests/core -k pacing")
-	@PATH="$(CURDIR)/.make/bin:$$PATH:/usr/sbin:/sbin" $(BIN)/python -m pytest $(ARGS)
+	@PATH="$(CURDIR)/.make/bin:$$PATH:/usr/sbin:/sbin" $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),$(IN_PARALLEL))
 
 .PHONY: chaos
 chaos: .venv/dev.stamp system-packages ## Kill and cut both hosts at every step of migrations, and print what became of the guests

@@ -341,6 +341,9 @@ class Progress(RuleBasedStateMachine):
         guest = data.draw(st.sampled_from(self.guests))
         if guest.under_way:
             guest.arrive(self.now)
+            if guest in self.refused:
+                # It has room again, and asks.
+                self.refused[guest] = self.now
 
     @rule(data=st.data())
     def rest(self, data: st.DataObject) -> None:
