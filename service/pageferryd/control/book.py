@@ -55,6 +55,9 @@ class MigrationBook:
         """Keep a new migration; forget the oldest that ended where there are too many."""
         self._movers[mover.record.migration_id] = mover
         ended = [known for known in self._movers.values() if known.record.state.final]
+        for one in ended:
+            if not _is_live(one):
+                self._count_ended(one)
         for old in ended[: max(len(ended) - MAX_ENDED, 0)]:
             self._count_ended(old)
             self._counted.discard(old.record.migration_id)
@@ -114,6 +117,9 @@ class MigrationBook:
         if mover.record.migration_id not in self._counted:
             self._counted.add(mover.record.migration_id)
             self._ended.add(_figures(mover))
+            if isinstance(mover, Incoming):
+                # Its latencies are most of what is left of it.
+                mover.final_figures = None
 
     def gauges(self) -> Gauges:
         """Return how things stand."""

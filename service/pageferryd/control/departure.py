@@ -247,6 +247,7 @@ class Departure:
         """Let the connection go, and the memory: the page service keeps what answers a late question."""
         if self.served is not None:
             self.served.close()
+        self._source = self._memory = None
         # gRPC keeps a closed channel's connection for as long as anybody refers to the channel.
         destination, self.destination = self.destination, None
         if destination is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
@@ -36,6 +36,11 @@ _ACTIVITIES = {
 }
 
 
+class _Link(NamedTuple):
+    channel: grpc.aio.Channel
+    stub: vmm_pb2_grpc.VmmServiceAsyncStub
+
+
 class VmmServiceDriver:
     """One VMM behind its socket."""
 
@@ -44,8 +49,8 @@ class VmmServiceDriver:
     def __init__(self, socket_path: str) -> None:
         """Raise FerryError(INVALID_ARGUMENT) unless the path is absolute and fits a socket address."""
         self._path = socket_path
-        self._channel = open_channel(f"unix:{socket_path}", None)
-        self._stub = vmm_pb2_grpc.VmmServiceStub(self._channel)
+        channel = open_channel(f"unix:{socket_path}", None)
+        self._link: _Link | None = _Link(channel, vmm_pb2_grpc.VmmServiceStub(channel))
         self._pid = 0
 
     async def describe(self) -> Description:
@@ -136,8 +141,16 @@ class VmmServiceDriver:
         await asyncio.to_thread(_wait_for_exit, pid, self._path)
 
     async def close(self) -> None:
-        """Close the channel."""
-        await self._channel.close()
+        """Close the channel. It is not kept: what gRPC holds of a closed one is more than all else of a migration."""
+        link, self._link = self._link, None
+        if link is not None:
+            await link.channel.close()
+
+    @property
+    def _stub(self) -> vmm_pb2_grpc.VmmServiceAsyncStub:
+        if self._link is None:
+            raise FerryError(Reason.VMM_UNREACHABLE, f"the connection to the VMM at {self._path} was closed")
+        return self._link.stub
 
     async def _call(self, method: Any, request: Any, timeout: float = _QUICK_SECONDS) -> Any:  # noqa: ASYNC109
         try:
