@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-DEADLINE = 8.0
+DEADLINE = 20.0
 
 Event = dict[str, Any]
 

@@ -82,7 +82,7 @@ class Crossing:
                 return None
             raise
 
-    async def becomes(self, client: SidecarClient, *states: int) -> pb.Migration:
+    async def becomes(self, client: SidecarClient, *states: int, seconds: float = DEADLINE) -> pb.Migration:
         """Wait until a sidecar shows one of the states; another final one fails at once."""
 
         async def look() -> pb.Migration | None:
@@ -92,7 +92,7 @@ class Crossing:
             assert not ended(migration), f"{pb.MigrationState.Name(migration.state)}: {migration.error}"
             return None
 
-        found: pb.Migration = await until(look, f"{[pb.MigrationState.Name(state) for state in states]}")
+        found: pb.Migration = await until(look, f"{[pb.MigrationState.Name(state) for state in states]}", seconds)
         return found
 
     async def both_become(self, *states: int) -> tuple[pb.Migration, pb.Migration]:

@@ -102,7 +102,7 @@ class Hosts:
 
 def left_in(*sidecars: Sidecar) -> list[Path]:
     """What migrations left in the directories of sidecars, which keep their journals there."""
-    return [path for one in sidecars for path in one.runtime_dir.iterdir() if path.name != "journal.d"]
+    return [path for one in sidecars for path in one.left_behind]
 
 
 def home_of_nobody(parent: Path, name: str) -> Path:

@@ -97,6 +97,14 @@ class Sidecar(Child):
         """Return a client, to be entered; as an operator with `tls`, or as the sidecar's own host."""
         return SidecarClient(self.address, tls or self.tls, self.name if self.tls else None, timeout=DEADLINE)
 
+    @property
+    def left_behind(self) -> list[Path]:
+        """What it has in its runtime directory, beside notes of migrations that ended with a guest to be decided on."""
+        notes = self.runtime_dir / "journal.d"
+        may_stay = (".never", ".lost", ".given", ".leaving")
+        found = [path for path in self.runtime_dir.iterdir() if path != notes]
+        return found + [path for path in notes.glob("*") if path.suffix not in may_stay]
+
     async def get(self, path: str) -> tuple[int, str]:
         """Return status and body of an HTTP GET."""
         return await asyncio.to_thread(self._get, path)

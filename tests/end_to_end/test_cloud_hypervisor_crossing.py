@@ -91,7 +91,7 @@ async def test_a_guest_crosses_with_every_byte_and_needs_no_sidecar(
         return alpha.fds["/memfd:ch_ram (deleted)"] == 0 and beta.fds <= fds[1]
 
     await until(nothing_held, f"the hosts hold no more than {fds}")
-    assert list(alpha.runtime_dir.iterdir()) == list(beta.runtime_dir.iterdir()) == []
+    assert alpha.left_behind == beta.left_behind == []
 
 
 async def test_faults_are_counted_at_their_door(cross: Cross, beta: Sidecar) -> None:

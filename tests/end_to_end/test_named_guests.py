@@ -110,7 +110,7 @@ async def test_a_configured_guest_is_listed_before_it_runs_leaves_for_a_started_
 
     async def nothing_left() -> bool:
         gone = not is_process(vmm.pid) and await listed(at_there, "web-1") is None
-        return gone and not list(there.runtime_dir.iterdir())
+        return gone and not there.left_behind
 
     await until(nothing_left, "the started VMM, its socket and its output are gone")
 
@@ -135,7 +135,7 @@ async def test_a_template_whose_command_fails_leaves_the_guest_at_its_source(sta
     await crossing.start()
     failed = await crossing.fails(Reason.VMM_FAILED)
     assert "it said last: no disk for web-1" in failed.error.message
-    assert list(there.runtime_dir.iterdir()) == []
+    assert there.left_behind == []
 
 
 async def test_a_started_vmm_with_other_memory_is_ended_with_the_migration(stage: Stage, alpha: Sidecar) -> None:
@@ -147,7 +147,7 @@ async def test_a_started_vmm_with_other_memory_is_ended_with_the_migration(stage
         await crossing.fails(Reason.LAYOUT_MISMATCH)
 
         async def nothing_left() -> bool:
-            return not list(there.runtime_dir.iterdir()) and await crossing.at_destination.list_guests() == []
+            return not there.left_behind and await crossing.at_destination.list_guests() == []
 
         await until(nothing_left, "the started VMM is gone")
 
@@ -173,7 +173,7 @@ async def test_a_cancelled_migration_takes_the_vmm_that_is_being_started_with_it
     await crossing.at_source.cancel_migration(migration.migration_id)
 
     async def nothing_left() -> bool:
-        return not is_process(started) and not list(there.runtime_dir.iterdir())
+        return not is_process(started) and not there.left_behind
 
     await until(nothing_left, "the command is gone")
     await crossing.runs_at_source()

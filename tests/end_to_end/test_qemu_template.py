@@ -124,7 +124,7 @@ async def test_a_started_qemu_that_does_not_fit_ends_and_the_guest_works_on_wher
     await hosts.fails(Reason.LAYOUT_MISMATCH)
 
     async def nothing_left() -> bool:
-        return not list(there.runtime_dir.iterdir()) and await (await hosts.client(there)).list_guests() == []
+        return not there.left_behind and await (await hosts.client(there)).list_guests() == []
 
     await until(nothing_left, "the started QEMU, its socket and its output are gone")
 

@@ -35,7 +35,7 @@ async def places(made: list[Crossing]) -> list[int]:
 
 async def all_arrive_in_order(made: list[Crossing]) -> None:
     for crossing in made:
-        await crossing.becomes(crossing.at_source, COMPLETED)
+        await crossing.becomes(crossing.at_source, COMPLETED, seconds=30)
     ended = [await crossing.seen(crossing.at_source) for crossing in made]
     times = [migration.end_time.ToNanoseconds() for migration in ended if migration is not None]
     assert times == sorted(times)

@@ -36,7 +36,7 @@ async def nothing_left_over(alpha: Sidecar, beta: Sidecar, stage: Stage) -> Asyn
         await until(as_before, "both hosts hold what they held before")
     except AssertionError as error:
         raise AssertionError(f"{error}: {before}, now {(alpha.fds, beta.fds)}") from None
-    assert [*alpha.runtime_dir.iterdir(), *beta.runtime_dir.iterdir()] == []
+    assert [*alpha.left_behind, *beta.left_behind] == []
 
 
 async def refused(call: Any, reason: Reason, code: grpc.StatusCode) -> FerryError:
@@ -190,7 +190,7 @@ async def test_a_vmm_that_hands_over_in_pieces_or_never_runs_into_a_timeout(stag
         await crossing.start()
         await crossing.fails(Reason.HANDOFF_TIMEOUT)
         await crossing.waiting.exit_code()
-        assert list(destination.runtime_dir.iterdir()) == []
+        assert destination.left_behind == []
 
 
 @pytest.mark.parametrize(
