@@ -36,13 +36,18 @@ async def test_a_whole_wire_brings_every_page_once(hosts: Hosts) -> None:
 
 
 async def test_a_cut_is_noticed_and_what_had_come_is_not_asked_for_again(hosts: Hosts) -> None:
+    guest = hosts.arrive(push=False)
+    for page in (3, 700):
+        # A reset throws away what has been forwarded and not been read, which may be all of it.
+        assert await of(guest.guarded.reading(page)) == content(page)
     hosts.wire.when_forwarded(MIDDLE, hosts.wire.cut)
-    guest = hosts.arrive()
+    guest.session.set_pacing(PacingOptions())
     await guest.until_paused(*LOSSES)
-    sent = sum(hosts.source.served.pages.values())
+    # Counts from nought: lanes that are lost may yet count what they had sent before.
+    again = hosts.source.offers()
     hosts.wire.heal()
     await guest.is_whole()
-    assert sum(hosts.source.served.pages.values()) - sent == guest.missing[-1] < PAGES
+    assert sum(again.pages.values()) == guest.missing[-1] <= PAGES - 2
     assert guest.session.pager.counts.duplicate_pages == 0
 
 
@@ -155,9 +160,8 @@ async def test_a_wire_that_fails_again_and_again_in_each_way_loses_nothing(hosts
     for number in range(times):
         behind = len(guest.paused)
         hosts.wire.when_forwarded(MIDDLE // 6, ways[number % len(ways)])
-        if guest.session.pager.complete:
+        if not await guest.lost_or_over(behind):
             break
-        await guest.until_paused(*NOTICED, behind=behind)
         hosts.wire.heal()
     hosts.wire.when_forwarded(1 << 60, lambda: None)
     await guest.is_whole()

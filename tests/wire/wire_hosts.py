@@ -134,6 +134,11 @@ class Arrival:
                 await self._changed.wait()
         return next(one for one in self.paused[behind:] if one in reasons)
 
+    async def lost_or_over(self, behind: int) -> bool:
+        """Wait until it is over, or has told a loss later than the first `behind` that it told: whether it has."""
+        await _until(lambda: self.running.done() or any(one in NOTICED for one in self.paused[behind:]))
+        return not self.running.done()
+
     async def until_missing(self, pages: int) -> None:
         """Wait until no more than so many are missing."""
         await _until(lambda: self.session.pager.map.missing <= pages)
