@@ -28,12 +28,13 @@ class Hosts(NamedTuple):
 
 
 @pytest.fixture
-async def hosts() -> AsyncIterator[Hosts]:
+async def hosts(request: pytest.FixtureRequest) -> AsyncIterator[Hosts]:
+    memory: int = getattr(request, "param", 16 * MIB)
     async with Scene() as scene:
         alpha = await start_sidecar(scene, "alpha")
         beta = await start_sidecar(scene, "beta")
-        source = await start_guest(scene, "guest", Kind.PROCESS, 16 * MIB, 3)
-        destination = await start_guest(scene, "incoming", Kind.PROCESS, 16 * MIB, 0, incoming=True)
+        source = await start_guest(scene, "guest", Kind.PROCESS, memory, 3)
+        destination = await start_guest(scene, "incoming", Kind.PROCESS, memory, 0, incoming=True)
         yield Hosts(alpha, beta, source, destination)
 
 
@@ -80,6 +81,8 @@ async def test_a_guest_that_nobody_waits_for_stays_where_it_runs(hosts: Hosts):
     await hosts.source.runs_beyond(hosts.source.steps)
 
 
+# As large as the guest cannot touch all of it while a second command starts.
+@pytest.mark.parametrize("hosts", [160 * MIB], indirect=True, ids=["large"])
 async def test_limits_hold_a_migration_back_and_let_it_go(hosts: Hosts):
     alpha, beta = hosts.alpha, hosts.beta
     await ferry(alpha, "register", "web", str(hosts.source.socket))

@@ -174,15 +174,22 @@ class Interrupt(Exception):  # noqa: N818 - what a signal's handler raises, no f
 
 @pytest.mark.parametrize("reads", [True, False], ids=["it reads", "another reads"])
 def test_a_thread_that_a_signal_takes_out_of_its_wait_leaves_the_others_to_theirs(pager: Pager, reads: bool) -> None:
+    interrupted = threading.Event()
+
     def interrupt(_number: int, _frame: object) -> None:
-        raise Interrupt
+        if not interrupted.is_set():
+            interrupted.set()
+            raise Interrupt
 
     def touch_around() -> tuple[list[dict[str, Any]], list[Future[Resolution]]]:
         """Interrupt the main thread's wait once others wait behind it."""
         faults = [pager.fault()]
         others = [pager.touch(page) for page in range(len(early) + 1, 4)]
         faults += [pager.fault() for _ in others]
-        signal.pthread_kill(main, signal.SIGUSR1)
+        # One that comes just before a wait is only seen after it.
+        while not interrupted.is_set():
+            signal.pthread_kill(main, signal.SIGUSR1)
+            interrupted.wait(0.1)
         return faults, others
 
     main = threading.get_ident()
@@ -193,9 +200,9 @@ def test_a_thread_that_a_signal_takes_out_of_its_wait_leaves_the_others_to_their
         around = pager.vcpus.submit(touch_around)
         with pytest.raises(Interrupt):
             pager.forwarder.resolve(0, 0)
+        more, late = around.result(SECONDS)
     finally:
         signal.signal(signal.SIGUSR1, before)
-    more, late = around.result(SECONDS)
     pager.connection.sendall(b"".join(reply(fault) for fault in faults + more))
     for page, other in enumerate(early + late, 1):
         assert other.result(SECONDS) == Resolution(page * PAGE, PAGE, Outcome.INSTALLED)

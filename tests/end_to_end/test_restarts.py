@@ -7,7 +7,7 @@ import signal
 from typing import Any
 
 import pytest
-from crossing import FAILED, PAUSED, POSTCOPY, Crossing, Stage
+from crossing import FAILED, PAUSED, POSTCOPY, Crossing, Stage, until
 from sidecar_process import Sidecar
 
 from pageferry.errors import Reason
@@ -60,6 +60,11 @@ async def test_the_next_sidecar_goes_on(stage: Stage, number: int, end: str) -> 
 
 async def test_pages_that_are_in_place_do_not_cross_again_for_a_destination_that_starts_again(stage: Stage) -> None:
     crossing = await under_way(stage)
+
+    async def some_came() -> bool:
+        return (await crossing.at_destination.get_migration(crossing.migration_id)).progress.pages_present > 0
+
+    await until(some_came, "some pages are in place")
     crossing.destination.signal(signal.SIGKILL)
     await crossing.destination.exit_code()
     await started_again(stage, crossing)
