@@ -51,6 +51,11 @@ class ExitDoor:
         """Begin to deliver."""
         self._deliver, self._failed = deliver, failed
 
+    @property
+    def waiting(self) -> int:
+        """How many faults wait for their answer."""
+        return self._count
+
     def drain(self) -> None:
         """Nothing is queued here: a fault is delivered when it is forwarded."""
 
