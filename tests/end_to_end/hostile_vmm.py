@@ -64,6 +64,7 @@ class HostileVmm(ProcessGuest):
             case "attach-dies":
                 os._exit(1)
             case "attach-hangs":
+                print(json.dumps({"event": "attaching"}), flush=True)
                 await asyncio.sleep(FOREVER)
             case "attach-lies":
                 # Says that it has handed over, and has not even connected.

@@ -95,7 +95,7 @@ async def house(*arguments: str, incoming: bool = False) -> AsyncIterator[House]
         made = House(process, path)
         try:
             async with asyncio.timeout(SECONDS):
-                while not path.exists():  # noqa: ASYNC110 - QEMU tells nobody
+                while not listens(path):  # noqa: ASYNC110 - QEMU tells nobody
                     await asyncio.sleep(0.01)
             yield made
         finally:
@@ -104,6 +104,13 @@ async def house(*arguments: str, incoming: bool = False) -> AsyncIterator[House]
                 os.close(memory.uffd)
             process.kill()
             process.wait(SECONDS)
+
+
+def listens(path: Path) -> bool:
+    """Say whether somebody listens at a socket: that it is bound is not enough, and a connection disturbs QEMU."""
+    # proc_pid_net(5): num, refcount, protocol, flags, …, path; the flag is __SO_ACCEPTCON of linux/net.h.
+    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    return any(one[-1] == str(path) and int(one[3], 16) & 1 << 16 for one in sockets)
 
 
 async def reason_of(call: object) -> Reason:

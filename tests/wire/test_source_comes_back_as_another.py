@@ -43,9 +43,9 @@ OTHERS: dict[str, tuple[Callable[[Hosts], object], Reason]] = {
 @pytest.mark.parametrize("case", OTHERS)
 async def test_a_source_that_comes_back_as_another_is_refused_until_it_is_itself(hosts: Hosts, case: str) -> None:
     become, reason = OTHERS[case]
-    hosts.wire.when_forwarded(MIDDLE, hosts.wire.cut)
+    cutting = hosts.wire.when_forwarded(MIDDLE, hosts.wire.cut)
     guest = hosts.arrive()
-    await guest.until_paused(*LOSSES)
+    await guest.until_lost(cutting, *LOSSES)
     missing = guest.session.pager.map.missing
     become(hosts)
     reading = guest.guarded.reading(PAGES - 1)

@@ -36,6 +36,8 @@ DEADLINE = 30.0
 PAGES = 1024
 SILENCE = 0.5
 """Seconds: what limits.lane_silence_timeout would be."""
+PATIENCE = 10.0
+"""Seconds: the same where nothing is to be taken for silence, however busy the machine is."""
 TOKEN = b"t" * 32
 LOSSES = {Reason.LANE_LOST, Reason.SOURCE_UNREACHABLE}
 NOTICED = {Reason.LANE_SILENT, *LOSSES}
@@ -104,15 +106,15 @@ class SourceHost:
 class Arrival:
     """The destination: a session over one kind of lanes. `paused` is what it told of these, in order."""
 
-    def __init__(self, guarded: Guarded, source: Source, kind: str, *, push: bool = True) -> None:
+    def __init__(self, guarded: Guarded, source: Source, kind: str, *, push: bool, silence: float) -> None:
         self.guarded = guarded
         self.paused: list[Reason | None] = []
         self.missing: list[int] = []
         """How many pages were missing each time."""
         self._changed = asyncio.Event()
-        over_grpc = GrpcLaneOpener(source, None, SILENCE)
-        opener = SocketLaneOpener(source, None, SILENCE, over_grpc) if kind == "sockets" else over_grpc
-        pager = PagerOptions(silence=SILENCE, fault_around=0, pacing=PacingOptions(disabled=not push))
+        over_grpc = GrpcLaneOpener(source, None, silence)
+        opener = SocketLaneOpener(source, None, silence, over_grpc) if kind == "sockets" else over_grpc
+        pager = PagerOptions(silence=silence, fault_around=0, pacing=PacingOptions(disabled=not push))
         self.session = Session(
             guarded.layout,
             [UffdDoor(guarded.uffd, guarded.addresses)],
@@ -133,6 +135,11 @@ class Arrival:
                 self._changed.clear()
                 await self._changed.wait()
         return next(one for one in self.paused[behind:] if one in reasons)
+
+    async def until_lost(self, failing: Future[None], *reasons: Reason) -> Reason | None:
+        """Wait until the wire fails as it was told to, for good, and that was told: earlier losses are none of its."""
+        await of(failing)
+        return await self.until_paused(*reasons, behind=len(self.paused))
 
     async def lost_or_over(self, behind: int) -> bool:
         """Wait until it is over, or has told a loss later than the first `behind` that it told: whether it has."""
@@ -186,8 +193,8 @@ class Hosts:
         if self.kind == "sockets":
             self._source = replace(self._source, lane_address=self.wire.to(self.source.lanes.address))
 
-    def arrive(self, *, push: bool = True) -> Arrival:
-        self._arrival = Arrival(self._guarded, self._source, self.kind, push=push)
+    def arrive(self, *, push: bool = True, silence: float = SILENCE) -> Arrival:
+        self._arrival = Arrival(self._guarded, self._source, self.kind, push=push, silence=silence)
         return self._arrival
 
     async def stop(self) -> None:

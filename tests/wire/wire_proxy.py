@@ -79,9 +79,19 @@ class WireProxy:
         """Return the address of a new port that leads to `target`, both HOST:PORT."""
         return self._call(self._listen(target))
 
-    def when_forwarded(self, size: int, act: Callable[[], None]) -> None:
-        """Do something, with the wire in the middle of a byte stream, once so many bytes have arrived from now on."""
-        self._do(lambda: setattr(self, "_trigger", (self.forwarded + size, act)))
+    def when_forwarded(self, size: int, act: Callable[[], None]) -> Future[None]:
+        """Do something, with the wire in the middle of a byte stream, once so many bytes have arrived from now on.
+
+        What is returned is done when that is.
+        """
+        done: Future[None] = Future()
+
+        def act_and_tell() -> None:
+            act()
+            done.set_result(None)
+
+        self._do(lambda: setattr(self, "_trigger", (self.forwarded + size, act_and_tell)))
+        return done
 
     def becomes(self, wire: Wire, *ways: Way) -> None:
         """Change the wire of all connections, and of each new one; both ways where none is named."""
