@@ -18,7 +18,7 @@ from pageferryd.core.pager import Lane, Pager, PagerOptions
 from pageferryd.core.runs import POISONED, RAW, ZERO, Batch, Run, decode, encode
 from pageferryd.destination.arrivals import ArrivalMap
 from pageferryd.destination.installer import Installer, Placed
-from pageferryd.destination.placer import SLICE_PAGES, Placer
+from pageferryd.destination.placer import FINE_SLICE_PAGES, SLICE_PAGES, Placer
 from pageferryd.destination.uffd_installer import UffdInstaller
 
 PAGES = 1024
@@ -93,6 +93,15 @@ def test_a_long_run_is_placed_in_slices(ground: Ground, installer: ScriptedInsta
     assert len(installer.pages) == 2 * SLICE_PAGES + 9
     assert SLICE_PAGES + 5 not in installer.pages
     assert all(body == content(page) for page, body in installer.pages.items())
+
+
+def test_slices_are_finer_while_faults_come_whatever_the_runs(ground: Ground, installer: ScriptedInstaller) -> None:
+    now = 1.0
+    ground.pager.fault(PAGES - 1, now)
+    runs = [Run(first, 3, RAW) for first in range(0, 3 * FINE_SLICE_PAGES, 4)]
+    placed = [0, *(len(installer.pages) for _ in ground.placer.slices(batch(*runs), Lane.PUSH))]
+    assert len(placed) > 2
+    assert max(after - before for before, after in itertools.pairwise(placed)) < FINE_SLICE_PAGES + 3
 
 
 @pytest.mark.parametrize("how", [Placed.RETRY, Reason.NO_SPACE])

@@ -18,6 +18,8 @@ from pageferryd.core.rate import RateLimit
 MIN_WINDOW = 64 << 10
 GROWTH = 16 << 10
 """Most bytes that the window grows by with one message."""
+FAULTS_COME_SECONDS = 10e-3
+"""Since the last fault: a guest that has just touched a missing page is likely to touch the next soon."""
 _REMEMBERED = 16
 """Faults over which latency is averaged, as a moving average does."""
 _WORST = 4.0

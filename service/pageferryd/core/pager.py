@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pageferryd.core.demand import DemandQueue, FaultTimes
 from pageferryd.core.layout import PAGE_SIZE
-from pageferryd.core.pacing import Pacer, PacingOptions
+from pageferryd.core.pacing import FAULTS_COME_SECONDS, Pacer, PacingOptions
 from pageferryd.core.page_map import PageMap, PageState
 from pageferryd.core.prefetch import FaultAround
 from pageferryd.core.push_order import PushOrder, PushRequest
@@ -95,6 +95,7 @@ class Pager:
         self._demand = DemandQueue(options.demand_window, options.demand_batch)
         self._order = PushOrder(layout, self.map.settled)
         self._push = PushWindow()
+        self._faulted_at = float("-inf")
         # A piece that is dropped here only loses a prefetch.
         self._prefetch: deque[tuple[int, int]] = deque(maxlen=64)
         # The rest of pages that can only be installed whole; bounded by the faults that wait.
@@ -109,6 +110,10 @@ class Pager:
     def faults_waiting(self) -> int:
         """How many pages the guest waits for."""
         return self._demand.waiting
+
+    def faults_come(self, now: float) -> bool:
+        """Say whether the guest has touched a missing page lately: push is to leave room for the next."""
+        return now - self._faulted_at < FAULTS_COME_SECONDS
 
     def waits_for(self, page: int) -> bool:
         """Say whether the guest waits for the page."""
@@ -148,6 +153,7 @@ class Pager:
         """The guest touched a page; `raised` is when its door saw it. Raises PageRangeError outside the layout."""
         self.layout.check(page, 1)
         self.counts.faults += 1
+        self._faulted_at = now
         if page in self.map.settled:
             return self._settled_answer(page)
         if self._demand.is_early(page):

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SLICE_PAGES = 256
 """Most pages placed in one go: a fault waits at most that long for the event loop."""
+FINE_SLICE_PAGES = 40
+"""The same while faults come: half a push message, since each slice costs push a turn of the loop."""
 
 
 _NAMES = {RAW: "raw", ZERO: "zero", POISONED: "poisoned", PRIVATE: "raw", PRIVATE_ZERO: "zero", OPAQUE: "raw"}
@@ -105,15 +107,19 @@ class Placer(Answering):
     def slices(self, batch: Batch, lane: Lane) -> Iterator[None]:
         """Place a batch; yields between slices, so that faults can be served meanwhile."""
         offset, checksums = batch.offset, batch.checksums
+        size = FINE_SLICE_PAGES if self._pager.faults_come(self._clock()) else SLICE_PAGES
+        placed = 0
         for run in batch.runs:
-            for first in range(run.first, run.first + run.pages, SLICE_PAGES):
-                pages = min(SLICE_PAGES, run.first + run.pages - first)
+            for first in range(run.first, run.first + run.pages, size):
+                pages = min(size, run.first + run.pages - first)
                 raw = run.kind in WITH_BYTES
                 self._place(_Piece(Run(first, pages, run.kind), batch.message, offset, lane, checksums if raw else 0))
                 if raw:
                     offset += pages * PAGE_SIZE
                     checksums += pages * CHECKSUM_SIZE if checksums else 0
-                if pages == SLICE_PAGES or self.desk.full:
+                placed += pages
+                if placed >= size or self.desk.full:
+                    placed = 0
                     yield
         if self._backlog or self._unserved:
             self.retry()

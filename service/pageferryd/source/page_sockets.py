@@ -1,6 +1,7 @@
 """Both lanes over bare sockets, beside the page service: see LaneHello of proto/pageferry/v1/page.proto.
 
-One event loop serves all of it, and the push lane gives way after each message: a fault waits for one of those at most.
+One event loop serves all of it, and the push lane gives way after each message; while faults come also between the
+collecting and the sending of one. So a fault waits for one of these at most.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pageferry.tls_sockets import proved_names
 from pageferry.v1 import page_pb2
 from pageferryd.core.errors import CoreError
 from pageferryd.core.frames import HEAD, RequestFrames, framed, refusal
+from pageferryd.core.pacing import FAULTS_COME_SECONDS
 from pageferryd.core.requests import decode_fetch, decode_push
 from pageferryd.source.answers import PushAnswer, fetch, misbehaviour
 
@@ -54,6 +56,7 @@ class PageLane(asyncio.Protocol):
         self._pushes = False
         self._requests: deque[Request] = deque()
         self._answer: PushAnswer | None = None
+        self._collected: list[bytes | memoryview] | None = None
         self._pumping = False
         self._may_write = True
         self._deadline = self._loop.call_later(HELLO_SECONDS, self._never_said)
@@ -99,7 +102,7 @@ class PageLane(asyncio.Protocol):
         """It has gone; that says nothing about the memory."""
         self._deadline.cancel()
         self._requests.clear()
-        self._answer = None
+        self._answer = self._collected = None
         self._gone(self)
 
     def close(self) -> None:
@@ -136,10 +139,12 @@ class PageLane(asyncio.Protocol):
         for _ in range(_FETCHES_AT_ONCE):
             if self._served is None or not self._requests or not self._may_write:
                 return
+            self._served.fetched_at = self._loop.time()
             self._send(fetch(self._served, self._requests.popleft()))
 
     def _pump_soon(self) -> None:
-        if not self._pumping and self._may_write and (self._requests or self._answer is not None):
+        more = self._requests or self._answer is not None or self._collected is not None
+        if not self._pumping and self._may_write and more:
             self._pumping = True
             self._loop.call_soon(self._pump)
 
@@ -153,16 +158,25 @@ class PageLane(asyncio.Protocol):
                 self._answer_fetches()
             elif self._answer is None and self._requests:
                 self._answer = PushAnswer(self._served, self._requests.popleft())
-            if self._answer is not None:
-                part = self._answer.next_part()
-                if part is not None:
-                    self._send(part)
-                if self._answer.ended:
-                    self._answer = None
+            if self._collected is not None:
+                collected, self._collected = self._collected, None
+                self._send(collected)
+            elif self._answer is not None:
+                self._push_some(self._answer, self._served)
         except Exception as error:
             self._refuse(error)
         else:
             self._pump_soon()
+
+    def _push_some(self, answer: PushAnswer, served: Served) -> None:
+        part = answer.next_part()
+        if answer.ended:
+            self._answer = None
+        if part is not None and self._loop.time() - served.fetched_at < FAULTS_COME_SECONDS:
+            # A fault that came while this was collected goes first.
+            self._collected = part
+        elif part is not None:
+            self._send(part)
 
     def _send(self, parts: list[bytes | memoryview]) -> None:
         self._transport.writelines([HEAD.pack(sum(map(len, parts))), *parts])
@@ -175,7 +189,7 @@ class PageLane(asyncio.Protocol):
             _log.error("page_lane_broke", detail=f"{type(error).__name__}: {error}")
             error = FerryError(Reason.INTERNAL, f"{type(error).__name__}: {error}")
         self._requests.clear()
-        self._answer = None
+        self._answer = self._collected = None
         if not self._transport.is_closing():
             self._transport.write(refusal(to_status(error).SerializeToString()))
             self._transport.close()

@@ -65,6 +65,8 @@ class Served:
         """Pages that are private to the guest: they cross as such."""
         self.pages: Counter[tuple[str, str]] = Counter()
         """Pages sent, by lane and kind."""
+        self.fetched_at = float("-inf")
+        """When the demand lane was last answered, by the event loop's clock."""
         self.bytes: Counter[str] = Counter()
         """Bytes of pages sent, by lane."""
         self._export: Export | None = None
