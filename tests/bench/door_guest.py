@@ -1,10 +1,12 @@
 """The guest of the doors' benchmark: threads that touch missing pages, through a userfaultfd or by forwarded exits.
 
-Its memory is a shared memfd in either case. With `--door uffd` a userfaultfd goes to the pager, and a fault is a touch
-of the mapping. With `--door exit` the memfd and a userfault bitmap go there, and a fault is what a VMM does at a vCPU's
-exit: look at the bitmap, forward the fault where the page's bit is set, then read the page. Nothing in the kernel stops
-these loads, so they keep the GIL, where a touch that may be a userfault lets go of it. Faults go to the pager as JSON
-over the hand-off's connection, as FaultForwarder does where it can; with `--door grpc` to FaultService.
+Its memory is a shared memfd in any case. With `--door uffd` a userfaultfd goes to the pager, and a fault is a touch of
+the mapping. With all others the memfd and a userfault bitmap go there, and a fault is what a VMM does at a vCPU's exit:
+look at the bitmap, forward the fault where the page's bit is set, then read the page. With `exit` faults go to the
+pager as JSON over the hand-off's connection. Both are native threads (vcpus.c), as those of VMMs are.
+
+With `forwarder` and `grpc` the threads are Python's, and FaultForwarder forwards: over the hand-off's connection, or
+through FaultService alone. Nothing in the kernel stops their loads, so these keep the GIL.
 
 One JSON object a line on stdout, one command a line on stdin: `touch COUNT THREADS` touches COUNT random pages that are
 missing, or as many as there still are, and answers with the microseconds of each and the seconds of all.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import itertools
 import json
@@ -24,6 +27,8 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +36,7 @@ from typing import Protocol
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 
 from toucher import PAGE, Toucher  # noqa: E402
+from vcpus import Vcpus  # noqa: E402
 
 from pageferry.errors import FerryError, Reason  # noqa: E402
 from pageferry.vmm import (  # noqa: E402
@@ -49,70 +55,85 @@ from pageferry.vmm import (  # noqa: E402
     send_handoff,
 )
 
-_PRESENT = 1 << 63
 NUMBER = 8
 """Bytes of a page's number, with which it begins."""
 
 
-class Door(Protocol):
-    """How a thread gets at a page."""
+class Threads(Protocol):
+    """Threads that touch pages."""
 
-    def is_missing(self, page: int) -> bool:
-        """Tell whether a touch would fault; not part of the time that is measured."""
+    def touch(self, pages: Sequence[int], count: int, threads: int) -> tuple[list[float], float, int]:
+        """Touch `count` of the pages that are missing, or as many as there are.
 
-    def touch(self, vcpu: int, page: int) -> bytes:
-        """Return the first bytes of a page, once it is there."""
-
-
-class UffdDoor:
-    """The touch is all."""
-
-    def __init__(self, memory: GuestMemory) -> None:
-        self._memory = memory
-        self._first = memory.address // PAGE
-        self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY)
-
-    def is_missing(self, page: int) -> bool:
-        return not int.from_bytes(os.pread(self._pagemap, 8, (self._first + page) * 8), "little") & _PRESENT
-
-    def touch(self, vcpu: int, page: int) -> bytes:
-        return self._memory.read(page * PAGE, NUMBER)
+        Return the microseconds of each, the seconds of all, and how many of the pages were looked at.
+        """
 
 
-class ExitDoor:
-    """Each access looks at the bitmap first."""
+class PythonThreads:
+    """A VMM in Python: each access looks at the bitmap first."""
 
     def __init__(self, memory: GuestMemory, bitmap: UserfaultBitmap, forwarder: FaultForwarder) -> None:
         self._memory = memory.address
         self._bits = bitmap.address
         self._forwarder = forwarder
 
-    def is_missing(self, page: int) -> bool:
+    def touch(self, pages: Sequence[int], count: int, threads: int) -> tuple[list[float], float, int]:
+        each = count // threads
+        left = deque(pages)
+        taken: list[list[float]] = [[] for _ in range(threads)]
+        start = threading.Barrier(threads + 1)
+
+        def work(vcpu: int) -> None:
+            start.wait()
+            self._touch_some(vcpu, left, each, taken[vcpu])
+
+        with ThreadPoolExecutor(threads) as workers:
+            done = [workers.submit(work, vcpu) for vcpu in range(threads)]
+            start.wait()
+            began = time.perf_counter()
+            for one in done:
+                one.result()
+        return list(itertools.chain(*taken)), time.perf_counter() - began, len(pages) - len(left)
+
+    def close(self) -> None:
+        self._forwarder.close()
+
+    def _touch_some(self, vcpu: int, left: deque[int], count: int, taken: list[float]) -> None:
+        while left and len(taken) < count:
+            with contextlib.suppress(IndexError):
+                page = left.popleft()
+                if not self._is_missing(page):
+                    continue
+                began = time.perf_counter_ns()
+                found = self._touch_one(vcpu, page)
+                taken.append(round((time.perf_counter_ns() - began) / 1000, 1))
+                if int.from_bytes(found, "little") != page + 1:
+                    raise ValueError(f"page {page} begins with {found!r}")
+
+    def _is_missing(self, page: int) -> bool:
         return bool(ctypes.string_at(self._bits + (page >> 3), 1)[0] >> (page & 7) & 1)
 
-    def touch(self, vcpu: int, page: int) -> bytes:
-        while self.is_missing(page):
+    def _touch_one(self, vcpu: int, page: int) -> bytes:
+        while self._is_missing(page):
             try:
                 self._forwarder.resolve(vcpu, page * PAGE, PAGE, Access.READ)
             except FerryError as error:
                 # Every page is in, and the forwarder was closed before it had this answer.
-                if error.reason is not Reason.CANCELLED or self.is_missing(page):
+                if error.reason is not Reason.CANCELLED or self._is_missing(page):
                     raise
         return ctypes.string_at(self._memory + page * PAGE, NUMBER)
-
-    def close(self) -> None:
-        self._forwarder.close()
 
 
 class DoorGuest(Toucher):
     """Memory behind one of the doors; of `page_size`, as far as the sidecars know."""
 
-    def __init__(self, memory: GuestMemory, state: VmmState, kind: str, page_size: int) -> None:
+    def __init__(self, memory: GuestMemory, state: VmmState, kind: str, page_size: int, library: Path) -> None:
         super().__init__(memory, state)
         self._kind = kind
         self._page_size = page_size
+        self._library = library
         self._endpoint: FaultEndpoint | None = None
-        self.door: UffdDoor | ExitDoor = UffdDoor(memory)
+        self.threads: Threads = Vcpus(library, memory.address)
 
     async def describe_memory(self) -> MemoryDescription:
         return MemoryDescription(self.state, [Region(0, self.memory.size, self._page_size, self.memory.location())])
@@ -132,14 +153,18 @@ class DoorGuest(Toucher):
         regions = [HandoffRegion(address, self.memory.size, 0, self._page_size, gpa_start=0)]
         connection = await asyncio.to_thread(send_handoff, socket_path, [self.memory.memfd, bitmap.memfd], regions)
         self.link = PagerLink(None, connection, regions)
-        forwarder = FaultForwarder(self._endpoint)
         if self._kind == "exit":
+            # The bitmap is mapped as long as the process lives: it is never closed.
+            self.threads = Vcpus(self._library, self.memory.address, bitmap.address, connection.fileno())
+            return
+        forwarder = FaultForwarder(self._endpoint)
+        if self._kind == "forwarder":
             self.link.forward_through(forwarder)
-        self.door = ExitDoor(self.memory, bitmap, forwarder)
+        self.threads = PythonThreads(self.memory, bitmap, forwarder)
 
     async def detach_pager(self) -> None:
-        if isinstance(self.door, ExitDoor):
-            await asyncio.to_thread(self.door.close)
+        if isinstance(self.threads, PythonThreads):
+            await asyncio.to_thread(self.threads.close)
         await super().detach_pager()
 
 
@@ -153,48 +178,14 @@ def fill(memory: GuestMemory, pages: range) -> None:
 class Touches:
     """The pages that are still to be touched, in random order."""
 
-    def __init__(self, memory: GuestMemory, pages: range) -> None:
-        self._memory = memory
-        self._left = deque(random.sample(pages, len(pages)))
+    def __init__(self, pages: range) -> None:
+        self._left = random.sample(pages, len(pages))
 
-    def run(self, door: Door, count: int, threads: int) -> dict[str, object]:
+    def run(self, threads: Threads, count: int, number: int) -> dict[str, object]:
         """Touch from several threads at once; each page goes to one of them."""
-        taken: list[list[float]] = [[] for _ in range(threads)]
-        failures: list[Exception] = []
-        start = threading.Barrier(threads + 1)
-
-        def work(vcpu: int) -> None:
-            start.wait()
-            try:
-                self._touch(door, vcpu, count // threads, taken[vcpu])
-            except Exception as error:
-                failures.append(error)
-
-        workers = [threading.Thread(target=work, args=(vcpu,)) for vcpu in range(threads)]
-        for worker in workers:
-            worker.start()
-        start.wait()
-        began = time.perf_counter()
-        for worker in workers:
-            worker.join()
-        seconds = time.perf_counter() - began
-        if failures:
-            raise failures[0]
-        return {"event": "touched", "us": list(itertools.chain(*taken)), "seconds": seconds}
-
-    def _touch(self, door: Door, vcpu: int, count: int, taken: list[float]) -> None:
-        while len(taken) < count:
-            try:
-                page = self._left.popleft()
-            except IndexError:
-                return
-            if not door.is_missing(page):
-                continue
-            began = time.perf_counter_ns()
-            found = door.touch(vcpu, page)
-            taken.append(round((time.perf_counter_ns() - began) / 1000, 1))
-            if int.from_bytes(found, "little") != page + 1:
-                raise ValueError(f"page {page} begins with {found!r}")
+        taken, seconds, used = threads.touch(self._left, count, number)
+        del self._left[:used]
+        return {"event": "touched", "us": taken, "seconds": seconds}
 
 
 def obey(guest: DoorGuest, touches: Touches) -> None:
@@ -204,7 +195,7 @@ def obey(guest: DoorGuest, touches: Touches) -> None:
         if word != "touch":
             continue
         try:
-            done = touches.run(guest.door, int(numbers[0]), int(numbers[1]))
+            done = touches.run(guest.threads, int(numbers[0]), int(numbers[1]))
         except Exception as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
@@ -219,9 +210,9 @@ async def serve(options: argparse.Namespace) -> None:
         fill(memory, pages)
     server = VmmServer()
     state = VmmState.INCOMING if options.incoming else VmmState.RUNNING
-    guest = DoorGuest(memory, state, options.door, options.page_size)
+    guest = DoorGuest(memory, state, options.door, options.page_size, options.library)
     await server.start(guest, str(options.socket))
-    threading.Thread(target=obey, args=(guest, Touches(memory, pages)), daemon=True).start()
+    threading.Thread(target=obey, args=(guest, Touches(pages)), daemon=True).start()
     print(json.dumps({"event": "ready", "pid": os.getpid()}), flush=True)
     await server.wait_closed()
 
@@ -230,7 +221,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--memory", type=int, required=True, help="MiB")
-    parser.add_argument("--door", choices=("uffd", "exit", "grpc"), required=True)
+    parser.add_argument("--door", choices=("uffd", "exit", "forwarder", "grpc"), required=True)
+    parser.add_argument("--library", type=Path, required=True, help="vcpus.c, compiled")
     parser.add_argument("--page-size", type=int, default=PAGE, help="what the memory is said to be backed with, bytes")
     parser.add_argument("--every", type=int, default=1, help="only every n-th page is written, and touched")
     parser.add_argument("--incoming", action="store_true")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from faults import SECONDS, Crossing, Guest, stages, summary
+from vcpus import LIBRARY, build
 
 from pageferry.client import ended
 from pageferry.demo.scene import Scene, together
@@ -25,8 +26,8 @@ from pageferry.errors import Reason
 from pageferry.v1 import migration_pb2 as pb
 
 GUEST = str(Path(__file__).with_name("door_guest.py"))
-DOORS = ("uffd", "exit", "grpc")
-"""The exit door is there twice: over the hand-off's connection, and through FaultService alone."""
+DOORS = ("uffd", "exit", "forwarder", "grpc")
+"""The exit door is there three times: native threads, and Python's over the hand-off's connection and FaultService."""
 THREADS = (1, 2, 4, 8)
 ALONE = pb.Limits(push_disabled=True)
 PAGE = 4096
@@ -67,6 +68,7 @@ class DoorGuest(Guest):
             "--socket": socket,
             "--door": memory.door,
             "--memory": memory.mib,
+            "--library": scene.directory / LIBRARY,
             "--page-size": memory.page_size,
             "--every": memory.every,
         }
@@ -225,6 +227,7 @@ def figures(tallies: dict[str, dict[int, Tally]]) -> dict[str, Any]:
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run everything, and return the figures."""
     async with Scene() as scene:
+        build(scene.directory)
         bench = Bench(scene, await together(start_sidecar(scene, "alpha"), start_sidecar(scene, "beta")), options)
         result = await bench.unpushed() | await bench.pushed() | await bench.big_pages()
     doors = result["doors"]
@@ -239,8 +242,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         "memory_mib": options.memory,
         "ratio_p50_1": ratios["exit"]["p50_1"],
         "ratio_faults_8": ratios["exit"]["faults_8"],
-        "grpc_ratio_p50_1": ratios["grpc"]["p50_1"],
-        "grpc_ratio_faults_8": ratios["grpc"]["faults_8"],
+        **{f"{door}_ratio_{what}": ratio for door in DOORS[2:] for what, ratio in ratios[door].items()},
         **result,
     }
 
@@ -260,7 +262,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{door} at one thread, mean us: {means}")
         small, end = (result[key][door] for key in ("vmpte_small_kib", "vmpte_kib"))
         lines.append(f"{door} page tables: {small} KiB while faults come, {end} KiB at the end")
-    for door, prefix in (("exit", ""), ("grpc", "grpc_")):
+    for door in DOORS[1:]:
+        prefix = "" if door == "exit" else f"{door}_"
         p50, faults = (result[f"{prefix}ratio_{what}"] for what in ("p50_1", "faults_8"))
         lines.append(f"{door} / uffd: p50 at one thread {p50}, faults a second at 8 {faults}")
     lines.append(f"1 GiB pages / 4 KiB pages behind the exit door: p50 {result['big_page_ratio']}")
