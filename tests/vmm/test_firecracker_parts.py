@@ -141,9 +141,11 @@ def snapshot_file(tmp_path: Path) -> Iterator[int]:
 
 
 def test_memory_that_was_restored_from_a_file_is_told_by_its_offsets(snapshot_file: int) -> None:
+    # Mapped downwards, in this order: the kernel would make one mapping of pieces that follow each other upwards, and
+    # one could be the memory of a release without a hole there as well.
     with (
-        mmap.mmap(snapshot_file, 17 * MIB, mmap.MAP_PRIVATE, offset=3 * GIB) as high,
         mmap.mmap(snapshot_file, 3 * GIB, mmap.MAP_PRIVATE) as low,
+        mmap.mmap(snapshot_file, 17 * MIB, mmap.MAP_PRIVATE, offset=3 * GIB) as high,
     ):
         found = memory.find_memory(os.getpid(), LARGE, PAGE)
         assert [one.process.address for one in found.locations] == [address_of(low), address_of(high)]
