@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import Any
@@ -21,12 +22,25 @@ class KeptSidecar(Sidecar):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, more_arguments=("--keeper",), **settings)
 
+    @property
+    def kept_pid(self) -> int:
+        """The sidecar's own."""
+        pids: list[int] = [event["pid"] for event in self.events if event.get("event") == "sidecar_started"]
+        return pids[-1]
+
     async def killed(self) -> None:
         """Kill the sidecar alone, and wait until the next one serves."""
         since = len(self.events)
-        (pid,) = [event["pid"] for event in self.events if event.get("event") == "sidecar_started"][-1:]
-        os.kill(pid, signal.SIGKILL)
+        os.kill(self.kept_pid, signal.SIGKILL)
         await self.event("ready", since)
+
+    def close(self) -> None:
+        """End both: a keeper's sidecar outlives it, and would outlive the test."""
+        self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.kept_pid, signal.SIGKILL)
+        super().close()
 
 
 async def under_way(stage: Stage, *options: str, **keywords: Any) -> Crossing:
