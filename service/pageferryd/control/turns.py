@@ -34,9 +34,9 @@ class Turn:
 
 @dataclass
 class _Full:
-    """A destination that had no room: when to ask it again, and who does."""
+    """A destination that had no room: whether it is to be asked again by now, and who does."""
 
-    until: float
+    due: bool = False
     asking: Turn | None = None
 
 
@@ -66,11 +66,16 @@ class Turns:
         """The destination has no room: wait for another turn, in front of all that came later."""
         loop = asyncio.get_running_loop()
         self._taken.discard(turn)
-        self._full[turn.destination] = _Full(loop.time() + turn.wait)
-        loop.call_later(turn.wait, self._admit)
+        full = self._full[turn.destination] = _Full()
+        loop.call_later(turn.wait, self._ask_again, full)
         turn.wait = min(2 * turn.wait, _LONGEST_WAIT)
         turn.admitted = loop.create_future()
         await self._wait(turn)
+
+    def _ask_again(self, full: _Full) -> None:
+        # Said by the timer and not compared with the time: timers may come a moment early, and nothing else would.
+        full.due = True
+        self._admit()
 
     def accepted(self, turn: Turn) -> None:
         """The destination has room."""
@@ -123,7 +128,7 @@ class Turns:
         if full is None:
             return True
         first = next(one for one in self._waiting if one.destination == turn.destination)
-        return turn is first and full.asking is None and asyncio.get_running_loop().time() >= full.until
+        return turn is first and full.asking is None and full.due
 
     def _tell_places(self) -> None:
         for place, turn in enumerate(self._waiting, 1):
