@@ -136,6 +136,19 @@ async def test_one_that_was_refused_keeps_its_place() -> None:
     await queue.leave()
 
 
+async def test_a_timer_that_comes_a_moment_early_has_the_destination_asked_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = asyncio.get_running_loop()
+    call_later = loop.call_later
+    monkeypatch.setattr(loop, "call_later", lambda delay, *rest: call_later(max(0.0, delay - 0.02), *rest))
+    queue = Queue(1)
+    await queue.ask("a")
+    async with asyncio.timeout(5):
+        await queue.turns.again(queue.asking["a"].result())
+    await queue.leave()
+
+
 async def test_one_that_ends_while_it_asks_lets_the_next_ask() -> None:
     queue = Queue(1)
     await queue.ask("a", "b")
