@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import ctypes
 import itertools
 import json
@@ -99,16 +98,18 @@ class PythonThreads:
         self._forwarder.close()
 
     def _touch_some(self, vcpu: int, left: deque[int], count: int, taken: list[float]) -> None:
-        while left and len(taken) < count:
-            with contextlib.suppress(IndexError):
+        while len(taken) < count:
+            try:
                 page = left.popleft()
-                if not self._is_missing(page):
-                    continue
-                began = time.perf_counter_ns()
-                found = self._touch_one(vcpu, page)
-                taken.append(round((time.perf_counter_ns() - began) / 1000, 1))
-                if int.from_bytes(found, "little") != page + 1:
-                    raise ValueError(f"page {page} begins with {found!r}")
+            except IndexError:
+                return
+            if not self._is_missing(page):
+                continue
+            began = time.perf_counter_ns()
+            found = self._touch_one(vcpu, page)
+            taken.append(round((time.perf_counter_ns() - began) / 1000, 1))
+            if int.from_bytes(found, "little") != page + 1:
+                raise ValueError(f"page {page} begins with {found!r}")
 
     def _is_missing(self, page: int) -> bool:
         return bool(ctypes.string_at(self._bits + (page >> 3), 1)[0] >> (page & 7) & 1)

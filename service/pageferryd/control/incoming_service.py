@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -16,7 +15,7 @@ from pageferryd.control.limits import check_limits
 from pageferryd.control.loss import check_policy
 from pageferryd.control.peer import PROTOCOL_VERSION
 from pageferryd.control.preflight import check_host
-from pageferryd.control.record import MigrationRecord
+from pageferryd.control.record import MIGRATION_ID, MigrationRecord
 from pageferryd.control.resolving import view_here
 from pageferryd.control.watching import watch
 from pageferryd.source.served import TOKEN_BYTES
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from pageferryd.control.templates import VmmStarter
 
 _Context = grpc.aio.ServicerContext[Any, Any]
-# Part of a hand-off socket's path, and of metadata.
-_MIGRATION_ID = r"[A-Za-z0-9]{1,32}"
 
 
 class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
@@ -193,7 +190,7 @@ class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
 
     def _refuse_remembered(self, migration_id: str, context: _Context) -> None:
         """Raise what a source is told of a migration that ended here, or that cannot be known, if there is a note."""
-        if not _is_id(migration_id):
+        if not MIGRATION_ID.fullmatch(migration_id):
             return
         arrivals = self._around.journal.arrivals
         if arrivals.unreadable(migration_id):
@@ -212,7 +209,9 @@ class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
 
     def _forget(self, migration_id: str, context: _Context) -> bool:
         """Forget a guest that never ran here, as its source knows now; return whether there was one."""
-        never = self._around.journal.arrivals.ended_before(migration_id) if _is_id(migration_id) else None
+        if not MIGRATION_ID.fullmatch(migration_id):
+            return False
+        never = self._around.journal.arrivals.ended_before(migration_id)
         if never is None:
             return False
         _check_name(never.source_name, context)
@@ -227,10 +226,6 @@ class IncomingServicer(incoming_pb2_grpc.IncomingServiceServicer):
         return incoming
 
 
-def _is_id(migration_id: str) -> bool:
-    return re.fullmatch(_MIGRATION_ID, migration_id) is not None
-
-
 def _check_name(source_name: str, context: _Context) -> None:
     """Raise FerryError(PEER_NOT_ALLOWED) unless the caller is the source, where callers prove their names."""
     names = peer_names(context)
@@ -241,7 +236,7 @@ def _check_name(source_name: str, context: _Context) -> None:
 def _check_prepare(request: incoming_pb2.PrepareRequest) -> None:
     check_limits(request.limits)
     check_policy(request.policy)
-    if not _is_id(request.migration_id):
+    if not MIGRATION_ID.fullmatch(request.migration_id):
         raise FerryError(Reason.INVALID_ARGUMENT, "migration_id must be 1 to 32 letters and digits of ASCII")
     if len(request.token) != TOKEN_BYTES:
         raise FerryError(Reason.INVALID_ARGUMENT, f"token must have {TOKEN_BYTES} bytes")

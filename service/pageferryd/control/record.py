@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Self
@@ -10,6 +11,12 @@ from typing import Self
 from pageferry.errors import FerryError
 from pageferry.v1 import incoming_pb2, migration_pb2
 from pageferryd.core.lifecycle import Lifecycle, State
+
+MIGRATION_ID = re.compile(r"[A-Za-z0-9]{1,32}")
+"""Ids of migrations: parts of sockets' paths and of metadata, and names of directories.
+
+Nothing else in a runtime directory is named so.
+"""
 
 
 class Changes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import shutil
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from pageferryd.control.departure import PageAddresses
 from pageferryd.control.departures_journal import Step
 from pageferryd.control.incoming import Incoming
 from pageferryd.control.outgoing import Outgoing
-from pageferryd.control.record import MigrationRecord
+from pageferryd.control.record import MIGRATION_ID, MigrationRecord
 from pageferryd.vmm.driver import Activity
 
 if TYPE_CHECKING:
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 
-MIGRATION_ID = re.compile(r"[A-Za-z0-9]{1,32}")
-"""Ids of migrations, and the names of their directories. Nothing else in a runtime directory is named so."""
-
 # Their destinations were told where pages are when these were prepared.
 _NO_ADDRESSES = PageAddresses("")
 
@@ -44,9 +40,10 @@ async def recover_arrivals(around: Surroundings, book: MigrationBook) -> None:
     VMMs that were only readied for a guest are ended: their memory was taken, and they can serve no other.
     """
     arrivals = around.journal.arrivals
-    sweep_directories(around.settings.runtime_dir, {arriving.prepare.migration_id for arriving in arrivals.owned()})
+    owned = list(arrivals.owned())
+    sweep_directories(around.settings.runtime_dir, {arriving.prepare.migration_id for arriving in owned})
     await asyncio.gather(
-        *(_go_on(arriving, around, book) for arriving in arrivals.owned()),
+        *(_go_on(arriving, around, book) for arriving in owned),
         *(_give_up(arriving, around) for arriving in (*arrivals.readied(), *arrivals.never_ran_here())),
     )
 

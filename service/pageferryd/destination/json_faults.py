@@ -142,13 +142,14 @@ class JsonFaults:
         self._unsent += (reply + _ENDS[how]).encode()
         if len(self._unsent) > MAX_UNSENT:
             self._give_up("vmm_reads_no_answers", unsent=len(self._unsent))
-        elif not self._door.waiting and not self._sends_later:
-            # Nothing else will be answered in this turn of the loop.
-            self._send()
-        elif not self._sends_later:
-            # What else is goes along.
+        elif self._sends_later:
+            return
+        elif self._door.waiting:
+            # What else is answered in this turn of the loop goes along.
             self._sends_later = True
             self._loop.call_soon(self._send)
+        else:
+            self._send()
 
     def _send(self) -> None:
         if self._loop is None:
